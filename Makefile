@@ -1,0 +1,66 @@
+# Two commands matter: `make quickstart` trains and scores a model on real speech from nothing,
+# `make test` runs all tests. Both set up what they need and can be stopped and started again.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RANKS ?= 2
+# Two ranks share the cores; more threads than cores would wait for each other.
+export OMP_NUM_THREADS ?= $(shell n=$$(nproc); echo $$((n > $(RANKS) ? n / $(RANKS) : 1)))
+export DS_BUILD_OPS := 0
+export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+SETS := asr asr_synthetic language_id speaker_verification speech_qa caption
+.PHONY: help setup models recordings shards train evaluate quickstart demo test lint clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/installed  ## the environment in .venv
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch, deepspeed and the rest into $(VENV) (about 6 GB, a few minutes) ..."
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,test]'
+	@touch $@
+
+models: setup  ## the demo LLM and speech encoder
+	$(BIN)/python tools/get_demo_models.py
+
+recordings: setup  ## recorded prompts and sound effects, and their manifests
+	$(BIN)/python tools/prepare/phone_prompts.py
+	$(BIN)/python tools/prepare/sound_effects.py
+	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 2000
+
+shards: models recordings  ## manifests to tar shards with stored encoder features
+	$(BIN)/python tools/shard_dataset.py $(SETS:%=assets/manifests/%.*.jsonl) assets/shards --separate --overwrite \
+	  --features speech --speech-encoder assets/models/whisper-tiny.en --workers $(RANKS)
+
+train: shards  ## train configs/quickstart.yaml (goes on where it stopped)
+	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/quickstart.yaml
+
+evaluate: train  ## decode and score the held-out clips
+	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/quickstart.yaml
+
+quickstart: evaluate  ## all of it, from nothing to a table of results
+	@echo
+	@echo "The run is in runs/quickstart: results.json, predictions.jsonl, metrics.jsonl, checkpoints/."
+	@echo "Curves:  $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"
+	@echo "Next:    the README's section 'Going on'."
+
+demo: shards  ## train configs/demo_full.yaml, the same for longer, and score it
+	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/demo_full.yaml
+	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/demo_full.yaml
+
+test: models recordings lint  ## lint, types, layers and all tests
+	$(BIN)/python -m pytest tests -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy listen_dist
+	$(BIN)/lint-imports --config setup.cfg
+
+clean:  ## remove runs and shards; keep models, recordings and the environment
+	rm -rf runs assets/shards

@@ -1,0 +1,370 @@
+"""One typed, frozen configuration; the only module that knows OmegaConf.
+
+`load(path, overrides)` merges a YAML file and `key=value` words from the command line
+into nested dataclasses and checks them against each other. Nothing is loaded before
+that: a wrong key, type or combination ends the program with one line that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the first line names the key and the cure."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    llm: str = ""
+    """Folder or Hugging Face name of a causal LLM (Llama, Vicuna, Qwen, Mistral …). Stays frozen."""
+    speech_encoder: str = ""
+    """Folder or Hugging Face name of a Whisper model of any size. Stays frozen."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the frozen weights. Pool and projector are always float32."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention of the LLM. On a CPU with short rows `eager` can be faster."""
+    before_audio: str = ""
+    """Text between BOS and the audio. May hold special tokens of the LLM's chat format."""
+    after_audio: str = "{instruction}"
+    """Text between the audio and the target; `{instruction}` is replaced for each clip."""
+    seed: int = 0
+    """Seed of the initial pool and projector."""
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    kind: Literal["qformer", "mlp"] = "qformer"
+    """`qformer`: one query a window, as in the paper. `mlp`: stacked frames through two layers."""
+    window: float = 1 / 3
+    """Seconds of audio that become one audio token (windows do not overlap)."""
+    hidden: int = 768
+    """Width inside: of the Q-Former's layers, or of the MLP's hidden layer."""
+    layers: int = 2
+    """Q-Former layers (each with cross-attention)."""
+    heads: int = 12
+    """Attention heads of the Q-Former."""
+    start: Literal["random", "least_squares"] = "random"
+    """`least_squares`: solve the last layer once, before the first step, so that a window comes out
+    near the embedding of the target token spoken about then (see engine/warm_start.py)."""
+    freeze: bool = False
+    """Leave only the pool to learn; give `init_from` with it."""
+    init_from: str | None = None
+    """A checkpoint folder whose projector to start from."""
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    prompts: int = 50
+    """N: prompts in the pool, one key and one value vector each."""
+    top_k: int | None = None
+    """Prompts picked at inference; default ⌊0.4 N⌋."""
+    train_k_max: int | None = None
+    """Largest k drawn in training; default the same as `top_k`."""
+    stochastic_k: bool = True
+    """Draw k uniformly from 1 … `train_k_max` for each step; otherwise always `train_k_max`."""
+    match_weight: float = 1.0
+    """λ, the weight of the match loss."""
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    """Which implementation of the top-k matching runs."""
+
+    @property
+    def k(self) -> int:
+        """k at inference."""
+        return self.top_k if self.top_k is not None else max(1, int(0.4 * self.prompts))
+
+    @property
+    def k_max(self) -> int:
+        """Largest k in training."""
+        return self.train_k_max if self.train_k_max is not None else self.k
+
+
+@dataclass(frozen=True)
+class SetConfig:
+    path: str = ""
+    """Folder of shards with an index.json (see tools/shard_dataset.py)."""
+    weight: float = 1.0
+    """Share of this set among the samples drawn, relative to the other sets' weights."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: list[SetConfig] = field(default_factory=list)
+    dev: list[SetConfig] = field(default_factory=list)
+    test: list[SetConfig] = field(default_factory=list)
+    batch_tokens: int = 2048
+    """Budget of LLM input tokens (padding included) of one micro-batch on one rank."""
+    window: int = 512
+    """Samples among which neighbours in length are put in one batch."""
+    max_target_tokens: int = 256
+    """A sample with a longer target is skipped and named."""
+    max_seconds: float = 30.0
+    """A longer clip is skipped and named."""
+    max_bad_fraction: float = 0.1
+    """Stop when more than this share of the samples read so far was unusable."""
+    workers: int = 0
+    """Loader processes a rank; 0: read in the training process."""
+    stored_features: bool = True
+    """Use the encoder output stored in the shards where they hold it (no encoder run)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    max_steps: int = 1000
+    max_minutes: float = 0
+    """Time for the loop of one start; 0: as long as it takes. Where the time would run out first, the
+    number of steps is cut, and the learning rate cools down to the new end."""
+    batches_per_step: int = 0
+    """Micro-batches of one optimizer step, over all ranks together; 0: one a rank. A fixed
+    number gives the same losses on any number of ranks (fewer ranks accumulate)."""
+    learning_rate: float = 3e-5
+    min_learning_rate: float = 1e-5
+    """The rate at the end of the schedule."""
+    warmup_steps: int = 3000
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = 0.05
+    """On matrices of the projector; never on norms, biases or the pool."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping."""
+    seed: int = 0
+    """Seed of the data order, of k and of dropout."""
+    log_every: int = 10
+    save_every: int = 200
+    keep: int = 2
+    """Checkpoints kept (the newest ones)."""
+    checksum_every: int = 100
+    """Steps between two proofs that all ranks hold the same trainables."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: go on from the newest checkpoint in `run_dir`, if there is one."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    llm: Literal["full", "replicated"] = "full"
+    """`full`: the frozen LLM is sharded over all ranks (ZeRO-3). `replicated`: whole on each."""
+    max_live_parameters: int = 30_000_000
+    """Gathered LLM parameters held at once (ZeRO-3), beside the layer at work."""
+    timeout_minutes: float = 30.0
+    """A collective that takes longer ends the run."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    split: Literal["dev", "test"] = "test"
+    beams: int = 1
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    batch_tokens: int = 2048
+    """Budget of LLM input tokens of one decoding batch."""
+    limit: int = 0
+    """Decode only the first so many samples of each set; 0: all."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    mlflow: bool = True
+    uri: str = ""
+    """MLflow tracking address; empty: a SQLite file `mlflow.db` in the folder above `run_dir`."""
+    experiment: str = "listen_dist"
+
+
+@dataclass(frozen=True)
+class Config:
+    run_dir: str = ""
+    """Where checkpoints, logs and results go."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides, check, and return a frozen Config.
+
+    Raises:
+        ConfigError: file missing or not YAML, unknown key, wrong type, contradiction.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file (configs/ holds examples)")
+    overrides = list(overrides)
+    for word in overrides:
+        if "=" not in word:
+            raise ConfigError(f"{word!r}: an override has the form key=value, e.g. train.max_steps=50")
+    try:
+        from_file = OmegaConf.load(path)
+        words = [(word.split("=", 1)[0], OmegaConf.from_dotlist(["value=" + word.split("=", 1)[1]])["value"])
+                 for word in overrides]
+    except Exception as error:  # PyYAML and OmegaConf raise many types for malformed text
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    tree = OmegaConf.to_container(from_file)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines at the top level")
+    _refuse_unknown_keys(tree, Config, str(path), prefix="")
+    for key, value in words:
+        _refuse_unknown_word(key, value)
+    source, key = str(path), ""
+    try:
+        merged = OmegaConf.unsafe_merge(_writable(OmegaConf.structured(Config)), from_file)
+        _writable(merged)
+        source = "command line"
+        for key, value in words:
+            OmegaConf.update(merged, key, value)
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, AssertionError, IndexError, TypeError, ValueError) as error:
+        key = getattr(error, "full_key", None) or key
+        raise ConfigError(f"{source}: {key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML text that `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def _writable(node: Any) -> Any:
+    """Lift the read-only flags that OmegaConf takes over from frozen dataclasses."""
+    OmegaConf.set_readonly(node, False)
+    for child in (node if OmegaConf.is_list(node) else node.values()):
+        if OmegaConf.is_config(child):
+            _writable(child)
+    return node
+
+
+def _refuse_unknown_keys(values: dict[Any, Any], schema: type, source: str, prefix: str) -> None:
+    hints = typing.get_type_hints(schema)
+    for key, value in values.items():
+        full = f"{prefix}{key}"
+        if key not in hints:
+            near = nearest(str(full), known_keys())
+            raise ConfigError(f"{source}: unknown key {full!r}; the nearest known one is {near!r}")
+        inner = hints[key]
+        if dataclasses.is_dataclass(inner):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{source}: {full}: expected `key: value` lines below it, found {value!r}")
+            _refuse_unknown_keys(value, typing.cast(type, inner), source, f"{full}.")
+        elif typing.get_origin(inner) is list and isinstance(value, list):
+            (item,) = typing.get_args(inner)
+            for i, entry in enumerate(value):
+                if isinstance(entry, dict):
+                    _refuse_unknown_keys(entry, item, source, f"{full}[{i}].")
+
+
+def _refuse_unknown_word(key: str, value: Any) -> None:
+    """An override's key: `data.train.0.path` and `data.train[0].path` both name a list's entry."""
+    known = known_keys()
+    if re.sub(r"\.(\d+)(?=\.|$)|\[\d+\]", "[0]", key).removesuffix("[0]") not in known:
+        raise ConfigError(f"command line: unknown key {key!r}; the nearest known one is {nearest(key, known)!r}")
+    if OmegaConf.is_config(value):
+        tree: Any = OmegaConf.to_container(value)
+        for part in reversed(re.split(r"[.\[]", key)):
+            tree = {part: tree}
+        _refuse_unknown_keys(tree, Config, "command line", prefix="")
+
+
+def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration."""
+    keys: list[str] = []
+    for name, hint in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint):
+            keys += known_keys(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+            if typing.get_origin(hint) is list:
+                keys += known_keys(typing.get_args(hint)[0], f"{prefix}{name}[0].")
+    return keys
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word most like `word`; among dotted keys the last part counts most."""
+    def likeness(candidate: str) -> float:
+        last = difflib.SequenceMatcher(None, word.split(".")[-1], candidate.split(".")[-1]).ratio()
+        return last + 0.5 * difflib.SequenceMatcher(None, word, candidate).ratio()
+
+    return max(known, key=likeness)
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """Dotted keys at which two configurations differ."""
+    return _differences(dataclasses.asdict(a), dataclasses.asdict(b), "")
+
+
+def _differences(a: Any, b: Any, prefix: str) -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [key for name in a for key in _differences(a[name], b[name], f"{prefix}.{name}" if prefix else name)]
+    return [] if a == b else [prefix]
+
+
+AT_LEAST = {
+    "pool.prompts": 1, "projector.window": 0.02, "projector.hidden": 1, "projector.layers": 1, "projector.heads": 1,
+    "train.max_steps": 1, "train.log_every": 1, "train.save_every": 1, "train.keep": 1, "train.checksum_every": 1,
+    "train.batches_per_step": 0, "train.max_minutes": 0, "train.warmup_steps": 0, "train.weight_decay": 0,
+    "train.clip_norm": 0, "train.min_learning_rate": 0, "data.batch_tokens": 32, "data.window": 1, "data.workers": 0,
+    "data.max_target_tokens": 2, "data.max_bad_fraction": 0, "parallel.max_live_parameters": 0,
+    "eval.beams": 1, "eval.batch_tokens": 32, "eval.limit": 0,
+}
+"""Smallest values (a projector window: one frame; a target: one token and EOS)."""
+
+
+def check(config: Config) -> None:
+    """Cross-field checks; no file is opened and no weight loaded.
+
+    Raises:
+        ConfigError: naming the key, its value and what would be right.
+    """
+    pool, train, data, projector = config.pool, config.train, config.data, config.projector
+    for key, value in (("run_dir", config.run_dir), ("model.llm", config.model.llm),
+                       ("model.speech_encoder", config.model.speech_encoder)):
+        _require(bool(value), key, value, "must be set")
+    for key, least in AT_LEAST.items():
+        number: Any = functools.reduce(getattr, key.split("."), config)
+        _require(number >= least, key, number, f"must be at least {least}")
+    _require(1 <= pool.k <= pool.prompts, "pool.top_k", pool.k, f"must be 1 … pool.prompts = {pool.prompts}")
+    _require(1 <= pool.k_max <= pool.prompts, "pool.train_k_max", pool.k_max,
+             f"must be 1 … pool.prompts = {pool.prompts}")
+    _require(projector.kind == "mlp" or projector.hidden % projector.heads == 0, "projector.hidden",
+             projector.hidden, f"must be a multiple of projector.heads = {projector.heads}")
+    _require(not projector.freeze or projector.init_from is not None, "projector.freeze", True,
+             "needs projector.init_from: a frozen random projector cannot learn")
+    _require(projector.init_from is None or projector.start == "random", "projector.start", projector.start,
+             "would overwrite what projector.init_from loads; give one of the two")
+    _require("{instruction}" in config.model.after_audio, "model.after_audio", config.model.after_audio,
+             "must hold {instruction}, else every task gets the same question")
+    for key, beta in (("train.beta1", train.beta1), ("train.beta2", train.beta2)):
+        _require(0 <= beta < 1, key, beta, "must be within 0 … 1, 1 excluded")
+    _require(train.learning_rate > 0, "train.learning_rate", train.learning_rate, "must be positive")
+    _require(train.min_learning_rate <= train.learning_rate, "train.min_learning_rate", train.min_learning_rate,
+             f"is above train.learning_rate = {train.learning_rate}")
+    _require(0 < data.max_seconds <= 30, "data.max_seconds", data.max_seconds,
+             "must be within the encoder's window of 30 s")
+    for split in ("train", "dev", "test"):
+        for i, entry in enumerate(getattr(data, split)):
+            _require(bool(entry.path), f"data.{split}[{i}].path", entry.path, "must be set")
+            _require(entry.weight > 0, f"data.{split}[{i}].weight", entry.weight, "must be positive")
+    _require(config.parallel.timeout_minutes > 0, "parallel.timeout_minutes", config.parallel.timeout_minutes,
+             "must be positive")
+
+
+def _require(holds: bool, key: str, value: object, what: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} = {value!r}: {what}")

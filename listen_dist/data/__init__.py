@@ -1,0 +1,1 @@
+"""From files to batches: manifests, shards, decoding, order, text, collation."""

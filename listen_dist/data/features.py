@@ -1,0 +1,33 @@
+"""From waveforms to log-mel spectrograms, on the clip's true length."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import WhisperFeatureExtractor
+
+from listen_dist.structures import SAMPLE_RATE
+
+MIN_SAMPLES = 400
+"""One window of the spectrogram; a shorter clip is filled up with silence."""
+
+
+class LogMel:
+    """Waveforms to Whisper's log-mel spectrograms on their true length; picklable, for loader workers."""
+
+    def __init__(self, extractor: WhisperFeatureExtractor) -> None:
+        self._extractor = extractor
+
+    @classmethod
+    def from_pretrained(cls, path: str) -> LogMel:
+        """Read `preprocessor_config.json` of a Whisper folder or Hugging Face name."""
+        return cls(WhisperFeatureExtractor.from_pretrained(path))
+
+    def __call__(self, waveform: np.ndarray) -> torch.Tensor:
+        """float32 [S] at 16 kHz → float32 [mels, M], M = max(S, 400) // 160 frames of 10 ms."""
+        if len(waveform) < MIN_SAMPLES:
+            waveform = np.pad(waveform, (0, MIN_SAMPLES - len(waveform)))
+        features = self._extractor(
+            waveform, sampling_rate=SAMPLE_RATE, padding=False, truncation=False,  # type: ignore[arg-type]
+            return_tensors="np")["input_features"]
+        return torch.from_numpy(features[0])

@@ -1,0 +1,154 @@
+"""The loader: from a plan of samples to batches on this rank.
+
+Stages, in the order a sample passes them:
+
+1. plan      schedule.py deals out sample references; every rank makes the same plan
+2. read      one read of the tar's byte range (shards.py)
+3. decode    FLAC to a waveform (decode.py), or the stored encoder frames as they are
+4. features  log-mel on the true length (features.py)
+5. text      instruction and target to token ids (text.py)
+6. collate   padding and true lengths (collate.py)
+
+Stages 2 to 6 are `BatchReader`, which runs in torch DataLoader workers. A sample that
+fails in them is named in the batch and left out; the run goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from listen_dist.config import DataConfig
+from listen_dist.data.collate import Prepared, collate
+from listen_dist.data.features import LogMel
+from listen_dist.data.schedule import Mixture, SampleRef, TokenCost, plan_batches, plan_once
+from listen_dist.data.shard_members import ShardError, Want
+from listen_dist.data.shards import ShardIndex
+from listen_dist.data.text import TextEncoder
+from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch, LoaderState, SkippedSample
+
+
+class BatchReader(Dataset[Batch]):
+    """Stages 2 to 6 for one micro-batch; indexed by a list of sample references.
+
+    Args:
+        indexes: the sets, in the order that references count them.
+        with_targets: False for decoding, where the model must not see the answer.
+    """
+
+    def __init__(self, indexes: Sequence[ShardIndex], log_mel: LogMel, text: TextEncoder, config: DataConfig,
+                 with_targets: bool) -> None:
+        self.indexes = list(indexes)
+        self._log_mel = log_mel
+        self._text = text
+        self._config = config
+        self._with_targets = with_targets
+        # One kind of input for all sets: a batch may mix them.
+        self.is_features = config.stored_features and all(index.features for index in indexes)
+
+    def __getitem__(self, refs: list[SampleRef]) -> Batch:  # type: ignore[override]
+        samples: list[Prepared] = []
+        skipped: list[SkippedSample] = []
+        for ref in refs:
+            index = self.indexes[ref.set]
+            try:
+                samples.append(self._prepare(ref))
+            except ShardError as error:
+                shard = str(index.folder / index.shards[ref.shard].name)
+                name = index.shard_table(ref.shard).ids[ref.row]
+                skipped.append(SkippedSample(name, shard, str(error)))
+        return collate(samples, self.is_features, skipped)
+
+    def _prepare(self, ref: SampleRef) -> Prepared:
+        index, config = self.indexes[ref.set], self._config
+        want: Want = "features" if self.is_features else "audio"
+        sample: AudioSample = index.read_sample(ref.shard, ref.row, want, config.max_seconds)
+        target = self._text.target_ids(sample.record.answers[0]) if self._with_targets else []
+        if len(target) > config.max_target_tokens:
+            raise ShardError(f"target of {len(target)} tokens is above data.max_target_tokens = "
+                             f"{config.max_target_tokens}")
+        seconds = float(index.shard_table(ref.shard).seconds[ref.row])
+        if seconds > config.max_seconds:  # decoding refuses a long clip, stored features know no length
+            raise ShardError(f"clip of {seconds:.1f} s is above data.max_seconds = {config.max_seconds}")
+        if sample.features is not None:
+            audio = torch.from_numpy(sample.features.copy())
+        else:
+            assert sample.waveform is not None
+            audio, seconds = self._log_mel(sample.waveform), len(sample.waveform) / SAMPLE_RATE
+        return Prepared(sample.record, audio, self._text.after_ids(sample.record), target, seconds)
+
+
+class _StepSampler:
+    """Deals the plan out to one rank and remembers the state behind each step."""
+
+    def __init__(self, plan: Iterator[tuple[list[SampleRef], LoaderState]], per_step: int, rank: int,
+                 world_size: int) -> None:
+        self._plan = plan
+        self._per_step = per_step
+        self._rank = rank
+        self._world_size = world_size
+        self.rounds = math.ceil(per_step / world_size)
+        self.states: deque[LoaderState] = deque()
+
+    def __iter__(self) -> Iterator[list[SampleRef]]:
+        while True:
+            step = [next(self._plan) for _ in range(self._per_step)]
+            mine = [refs for refs, _ in step[self._rank :: self._world_size]]
+            # Ranks beyond the last batch of a round get an empty one, so that all have equally many.
+            mine += [[]] * (self.rounds - len(mine))
+            self.states.append(step[-1][1])
+            yield from mine
+
+
+def training_steps(reader: BatchReader, weights: Sequence[float], cost: TokenCost, config: DataConfig, seed: int,
+                   per_step: int, rank: int, world_size: int, start: LoaderState,
+                   ) -> Iterator[tuple[list[Batch], LoaderState]]:
+    """Endless optimizer steps: this rank's micro-batches of each, and the state behind it.
+
+    Args:
+        weights: share of each of the reader's sets.
+        per_step: micro-batches of a step over all ranks together.
+        start: where to go on; the default state begins anew.
+    """
+    plan = plan_batches(Mixture(reader.indexes, weights, seed), cost, config.batch_tokens, config.window, seed, start)
+    sampler = _StepSampler(plan, per_step, rank, world_size)
+    batches = iter(_data_loader(reader, sampler, config.workers))
+    while True:
+        yield [next(batches) for _ in range(sampler.rounds)], sampler.states.popleft()
+
+
+def decoding_batches(reader: BatchReader, cost: TokenCost, budget: int, workers: int, rank: int, world_size: int,
+                     limit: int = 0) -> Iterator[Batch]:
+    """This rank's share of one pass over the reader's only set; over all ranks every sample comes once."""
+    (index,) = reader.indexes
+    batches = plan_once(index, cost, budget, limit)
+    return iter(_data_loader(reader, batches[rank::world_size], workers))
+
+
+def find_filler(reader: BatchReader) -> Batch:
+    """A usable batch of one clip, for a rank that must compute and has nothing to compute on.
+
+    Raises:
+        ShardError: none of the first samples can be used.
+    """
+    refs = (SampleRef(number, shard, row) for number, index in enumerate(reader.indexes)
+            for shard, entry in enumerate(index.shards) for row in range(entry.samples))
+    reason = "no samples"
+    for ref in itertools.islice(refs, 1000):
+        batch = reader[[ref]]
+        if len(batch):
+            return batch
+        reason = batch.skipped[0].reason
+    raise ShardError(f"none of the first samples of {reader.indexes[0].folder} can be used, the last because: {reason}")
+
+
+def _data_loader(reader: BatchReader, sampler: object, workers: int) -> DataLoader[Batch]:
+    return DataLoader(reader, sampler=sampler, batch_size=None, num_workers=workers,  # type: ignore[arg-type]
+                      prefetch_factor=4 if workers else None, persistent_workers=workers > 0,
+                      # Forked children of a process that runs gloo or CUDA threads can hang.
+                      multiprocessing_context="spawn" if workers else None)

@@ -1,0 +1,105 @@
+"""One sample's members in a shard: a record, audio, perhaps stored encoder features.
+
+The bytes count as untrusted: only plain files of the names we expect are taken, nothing is unpickled,
+and a claimed size is compared with what is there before memory is reserved.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from typing import Literal
+
+import numpy as np
+
+from listen_dist.data.decode import decode_audio
+from listen_dist.data.manifest import MAX_LINE_BYTES, record_from_json
+from listen_dist.structures import AudioSample
+
+AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3")
+FEATURE_SUFFIX = "speech.npy"
+
+Want = Literal["audio", "features", "both"]
+
+
+class ShardError(ValueError):
+    """A shard, sidecar or index that is damaged, missing or hostile; names the file and the cure."""
+
+
+def parse_sample(block: bytes, name: str, want: Want, max_seconds: float, width: int | None) -> AudioSample:
+    """Build a sample from the part of a tar that covers its members.
+
+    `name` is its id, `width` that of the stored features (None: the set has none).
+
+    Raises:
+        ShardError, ManifestError, AudioError: the tar, the record or the audio is not as it should be.
+    """
+    members = _members(block, name)
+    if "json" not in members:
+        raise ShardError("its .json member is missing")
+    record = record_from_json(members["json"], need_audio=False)
+    if record.id != name:
+        raise ShardError(f"its .json member is of {record.id!r}")
+    waveform = frames = None
+    if want != "features":
+        audio = [members[suffix] for suffix in AUDIO_SUFFIXES if suffix in members]
+        if len(audio) != 1:
+            raise ShardError(f"{len(audio)} audio members; expected one")
+        waveform = decode_audio(audio[0], max_seconds)
+    if want != "audio":
+        if width is None or FEATURE_SUFFIX not in members:
+            raise ShardError("no stored features; write the shards with --features speech")
+        frames = _parse_features(members[FEATURE_SUFFIX], width)
+    return AudioSample(record, waveform, frames)
+
+
+def _members(block: bytes, name: str) -> dict[str, bytes]:
+    """Return suffix -> content of one sample's part of a tar; refuse whatever we don't expect there."""
+    allowed = {f"{name}.{suffix}": suffix for suffix in (*AUDIO_SUFFIXES, "json", FEATURE_SUFFIX)}
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
+            for member in tar:
+                suffix = allowed.get(member.name)
+                if (
+                    suffix is None
+                    or suffix in found
+                    or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE)
+                ):
+                    raise ShardError(f"unexpected tar member {member.name[:100]!r} (type {member.type!r})")
+                if member.size > (MAX_LINE_BYTES if suffix == "json" else len(block)):
+                    raise ShardError(f"tar member {member.name!r} claims {member.size} bytes")
+                content = tar.extractfile(member)
+                found[suffix] = content.read() if content else b""
+                if len(found[suffix]) != member.size:
+                    raise ShardError(f"tar member {member.name!r} is cut short")
+            end = tar.offset
+    except ShardError:
+        raise
+    except (tarfile.TarError, ValueError, EOFError, OSError) as error:
+        raise ShardError(f"not a tar at its byte range ({error}); copy or write the shard anew") from None
+    # tarfile ends silently at garbage; only zeros may follow the last member.
+    if any(block[end:]):
+        raise ShardError("garbage after its last tar member; copy or write the shard anew")
+    return found
+
+
+def _parse_features(content: bytes, width: int) -> np.ndarray:
+    """Return float16 [F, E] from the bytes of a .npy file, without numpy.load: nothing to unpickle."""
+    file = io.BytesIO(content)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"npy version {version}")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except (ValueError, EOFError) as error:
+        raise ShardError(f"stored features are no .npy array: {error}") from None
+    data = content[file.tell() :]
+    if dtype != np.float16 or fortran or len(shape) != 2 or shape[0] < 1 or shape[1] != width:
+        raise ShardError(f"stored features are {dtype} {shape}; expected float16 [frames, {width}]")
+    if len(data) != shape[0] * width * 2:
+        raise ShardError(f"stored features hold {len(data)} bytes; {shape} needs {shape[0] * width * 2}")
+    frames = np.frombuffer(data, dtype=np.float16).reshape(shape)  # [F, E]
+    if not np.isfinite(frames).all():
+        raise ShardError("stored features are not finite (NaN or infinity)")
+    return frames

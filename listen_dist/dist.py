@@ -1,0 +1,114 @@
+"""Ranks, reductions and seeds. Knows no model and works the same on one process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def setup(device: str, timeout_minutes: float) -> torch.device:
+    """Join the process group that the launcher describes; alone without a launcher.
+
+    Args:
+        device: "cpu", "cuda" or "auto" (CUDA where there is a GPU).
+        timeout_minutes: a collective that takes longer ends the run.
+
+    Returns:
+        The device of this rank.
+
+    Raises:
+        ValueError: "cuda" on a machine without a usable GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda': no usable NVIDIA GPU here; set device=cpu or run where there is one")
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    target = torch.device("cpu")
+    if use_cuda:
+        target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(target)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    return target
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, 0 … world_size() − 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on the one rank that writes files and prints. Never put a collective under it."""
+    return rank() == 0
+
+
+def sum_(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place; every rank must call it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank. Only between the ranks of one run: it pickles."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, on every rank. Only between the ranks of one run: it pickles."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on all parts and on nothing else (unlike Python's `hash`)."""
+    text = "/".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def draw_k(seed: int, step: int, k_max: int) -> int:
+    """The number of prompts for one training step, uniform on 1 … k_max (LiSTEN's stochastic k).
+
+    A pure function of (seed, step), so every rank draws the same k without a message,
+    and a resumed run draws what the unbroken one would have drawn.
+    """
+    return random.Random(derived_seed("k", seed, step)).randint(1, k_max)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch for one step on this rank, so that dropout needs no saved generator state."""
+    torch.manual_seed(derived_seed("dropout", seed, step, rank()))

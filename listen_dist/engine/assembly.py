@@ -1,0 +1,81 @@
+"""From a configuration to the parts of a run: tokenizer, encoder, sharded LLM, trainables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from listen_dist import dist
+from listen_dist.config import Config, ConfigError, SetConfig
+from listen_dist.data.features import LogMel
+from listen_dist.data.loader import BatchReader
+from listen_dist.data.schedule import TokenCost
+from listen_dist.data.shards import ShardIndex
+from listen_dist.data.text import TextEncoder
+from listen_dist.engine import checkpoint
+from listen_dist.engine.sharding import Sharding, sharding_for
+from listen_dist.models.encoders import load_speech_encoder
+from listen_dist.models.listen import Listen
+from listen_dist.models.llm import DTYPES, embedding_stats, load_llm, load_tokenizer
+from listen_dist.models.projector import build_projector
+from listen_dist.models.prompt_pool import PromptPool
+from listen_dist.structures import ENCODER_RATE
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What training, evaluation and inference all need."""
+
+    config: Config
+    model: Listen
+    sharding: Sharding
+    text: TextEncoder
+    log_mel: LogMel
+
+    def reader(self, sets: Sequence[SetConfig], with_targets: bool) -> BatchReader:
+        """Open the shard sets and check their stored features against the encoder.
+
+        Raises:
+            ShardError: an index or shard is missing or damaged.
+            ConfigError: stored features of another encoder.
+        """
+        indexes = [ShardIndex.load(entry.path) for entry in sets]
+        for index in indexes:
+            features = index.features
+            if self.config.data.stored_features and features and \
+                    features.fingerprint != self.model.encoder.fingerprint:
+                raise ConfigError(f"{index.folder}: its stored features come from another encoder than "
+                                  f"model.speech_encoder = {self.config.model.speech_encoder!r}; write the shards "
+                                  "anew, or set data.stored_features=false")
+        return BatchReader(indexes, self.log_mel, self.text, self.config.data, with_targets)
+
+    def token_cost(self, k: int) -> TokenCost:
+        """Tokens that a clip takes in the LLM with k prompts."""
+        frame = self.text.frame
+        return TokenCost(k + len(frame.bos) + len(frame.before) + 2,
+                         ENCODER_RATE / self.model.projector.window_frames)
+
+
+def assemble(config: Config, device: torch.device) -> Parts:
+    """Load the frozen models, lay the LLM out over the ranks, build the trainables on top.
+
+    The trainables come out the same on every rank: they are made on the CPU from
+    `model.seed` and from the LLM's embeddings.
+    """
+    tokenizer = load_tokenizer(config.model.llm)
+    text = TextEncoder(tokenizer, config.model)
+    encoder = load_speech_encoder(config.model.speech_encoder, DTYPES[config.model.dtype]).to(device)
+    sharding = sharding_for(config)
+    llm = sharding.load(lambda: load_llm(config.model), device)
+    stats = embedding_stats(llm.get_input_embeddings(), llm.config.vocab_size)
+    torch.manual_seed(dist.derived_seed("model", config.model.seed))
+    pool = PromptPool(config.pool, stats.mean)
+    projector = build_projector(config.projector, encoder.width, llm.config.hidden_size, stats.std)
+    if config.projector.init_from:
+        checkpoint.load_trainables(checkpoint.resolve(Path(config.projector.init_from)), projector, "projector.")
+    projector.requires_grad_(not config.projector.freeze)
+    model = Listen(llm, encoder, projector.to(device), pool.to(device), text.frame)
+    return Parts(config, model, sharding, text, LogMel.from_pretrained(config.model.speech_encoder))

@@ -1,0 +1,62 @@
+"""One optimizer step, exact over unequal ranks and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from listen_dist import dist
+from listen_dist.config import Config
+from listen_dist.engine.optim import learning_rate, set_learning_rate
+from listen_dist.engine.replicated import ReplicatedTrainables
+from listen_dist.models.listen import Listen
+from listen_dist.structures import Batch, ModelOutput
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. Tensors stay on the device; nothing here waits for it."""
+
+    outputs: list[tuple[Batch, ModelOutput]]
+    """This rank's micro-batches that counted."""
+    grad_norm: torch.Tensor
+    applied: torch.Tensor
+    """Bool scalar: False where the gradient was not finite and the step was left out on all ranks."""
+    k: int
+    rate: float
+
+
+def train_step(model: Listen, replicated: ReplicatedTrainables, optimizer: torch.optim.Optimizer, config: Config,
+               step: int, last: int, batches: Sequence[Batch], filler: Batch) -> StepResult:
+    """Run optimizer step `step` of `last` on this rank's micro-batches of the global batch.
+
+    The loss is the mean over all target tokens of the global batch plus λ times the mean
+    match loss over its rows, whatever the ranks hold. Every rank passes equally many
+    batches; an empty one (nothing usable in it) is replaced by `filler` with weight zero,
+    because under ZeRO-3 every rank must take part in every gather.
+    """
+    counts = torch.tensor([sum(b.target_tokens for b in batches), sum(map(len, batches))],
+                          dtype=torch.float64, device=model.device)
+    tokens, rows = dist.sum_(counts).clamp(min=1).float().unbind()
+    k = dist.draw_k(config.train.seed, step, config.pool.k_max) if config.pool.stochastic_k else config.pool.k_max
+    rate = learning_rate(config.train, step, last)
+    set_learning_rate(optimizer, rate)
+    dist.seed_step(config.train.seed, step)
+    replicated.zero_grads()
+    outputs = []
+    for batch in batches:
+        counted = len(batch) > 0
+        out = model(batch if counted else filler, k)
+        loss = out.token_loss_sum / tokens + config.pool.match_weight * out.match_loss_sum / rows
+        (loss if counted else loss * 0.0).backward()
+        if counted:
+            outputs.append((batch, out))
+    replicated.reduce()
+    norm = replicated.clip(config.train.clip_norm)
+    applied = torch.isfinite(norm)
+    # The one wait of a step. All ranks decide alike, because they hold the same sum.
+    if applied:
+        optimizer.step()
+    return StepResult(outputs, norm, applied, k, rate)

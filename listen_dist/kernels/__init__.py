@@ -1,0 +1,1 @@
+"""Fused kernels, one folder each: the reference (the truth), the Triton code, the op."""

@@ -1,0 +1,177 @@
+"""LiSTEN assembled: encoder → projector → prompt pool → frozen LLM.
+
+The LLM's input is, row by row and padded on the left,
+
+    [selected prompts k] [BOS] [text before] [audio] [instruction] [target] [EOS]
+
+The same layout serves training and generation. Left padding puts all targets at the
+end, so that the LLM computes logits for target positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from listen_dist.kernels.topk_match.op import TopkMatch
+from listen_dist.models.encoders import SpeechEncoder
+from listen_dist.models.losses import IGNORED, token_loss
+from listen_dist.models.projector import Projector
+from listen_dist.models.prompt_pool import PromptPool
+from listen_dist.structures import Batch, ModelOutput, TextFrame
+
+
+class Listen(nn.Module):
+    """The whole model. Only `projector` and `pool` learn; `llm` and `encoder` are frozen.
+
+    Args:
+        llm: a Hugging Face causal LLM, sharded or whole, in eval mode without gradients.
+        encoder: frozen speech encoder; not run for batches of stored features.
+    """
+
+    def __init__(self, llm: PreTrainedModel, encoder: SpeechEncoder, projector: Projector, pool: PromptPool,
+                 frame: TextFrame) -> None:
+        super().__init__()
+        self.llm = llm
+        self.encoder = encoder
+        self.trainable = nn.ModuleDict({"projector": projector, "pool": pool})
+        self.frame = frame
+
+    @property
+    def projector(self) -> Projector:
+        return self.trainable["projector"]  # type: ignore[return-value]
+
+    @property
+    def pool(self) -> PromptPool:
+        return self.trainable["pool"]  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.keys.device
+
+    def train(self, mode: bool = True) -> Listen:
+        """Switch the learned parts; the frozen parts stay in eval mode."""
+        self.trainable.train(mode)
+        return self
+
+    def forward(self, batch: Batch, k: int) -> ModelOutput:
+        """Losses of one micro-batch with k prompts a row (targets must be present)."""
+        matched, rows = self.assemble(batch, k)
+        embeds, mask = _pad_left(rows)
+        longest = max(map(len, batch.target_ids))
+        labels = torch.full((len(rows), longest), IGNORED)
+        for i, ids in enumerate(batch.target_ids):
+            labels[i, longest - len(ids):] = torch.tensor(ids)
+        labels = labels.to(embeds.device)
+        # One position more than targets: the token before a target predicts it.
+        logits = self.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=_positions(mask),
+                          use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
+        row_loss = token_loss(logits, labels)
+        return ModelOutput(
+            token_loss_sum=row_loss.sum(), match_loss_sum=-matched.row_mass.sum(),
+            target_tokens=batch.target_tokens, rows=len(batch), input_tokens=sum(map(len, rows)),
+            padded_tokens=mask.numel(), prompt_indices=matched.indices,
+            prompt_scores=matched.scores.detach(), row_loss=row_loss.detach())
+
+    def assemble(self, batch: Batch, k: int) -> tuple[TopkMatch, list[torch.Tensor]]:
+        """Select prompts and lay out the LLM's input.
+
+        Returns:
+            the match, and for each row its embeddings [L_row, D] in the LLM's dtype:
+            prompts, BOS, text before, audio, instruction and, where given, the target.
+        """
+        audio, lengths = self.audio_tokens(batch)
+        texts: list[Sequence[int]] = [self.frame.bos, self.frame.before, *batch.after_ids, *batch.target_ids]
+        bos, before, *rest = self._embed(texts)
+        after, targets = rest[: len(batch)], rest[len(batch):]
+        contexts = [torch.cat([before, audio[i, :n].to(before.dtype), after[i]])
+                    for i, n in enumerate(lengths.tolist())]
+        padded = pad_sequence(contexts, batch_first=True)  # [B, T, D]
+        sizes = torch.tensor([len(context) for context in contexts], device=padded.device)
+        mask = torch.arange(padded.shape[1], device=padded.device) < sizes[:, None]
+        matched = self.pool(padded, mask, k)
+        prompts = matched.prompts.to(before.dtype)
+        return matched, [torch.cat([prompts[i], bos, contexts[i], targets[i]]) for i in range(len(batch))]
+
+    def audio_tokens(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Audio tokens [B, A, D] (float32) and their true numbers [B]."""
+        return self.projector(*self.frames(batch))
+
+    def frames(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoder frames [B, F, E] and their true numbers [B]: stored ones, or from the frozen encoder."""
+        audio, lengths = batch.audio.to(self.device), batch.audio_lengths.to(self.device)
+        return (audio, lengths) if batch.is_features else self.encoder(audio, lengths)
+
+    def _embed(self, texts: list[Sequence[int]]) -> list[torch.Tensor]:
+        """Token embeddings [P, D] of several texts through one call of the LLM's embedding.
+
+        Without gradients: the embedding is frozen, and under ZeRO-3 a graph would keep
+        the gathered weight alive until the backward pass.
+        """
+        flat = torch.tensor([token for text in texts for token in text], dtype=torch.long, device=self.device)
+        with torch.no_grad():
+            vectors = self.llm.get_input_embeddings()(flat[None])[0]
+        return list(vectors.split([len(text) for text in texts]))
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, k: int, limits: Sequence[int], **options: object,
+                 ) -> tuple[list[list[int]], TopkMatch]:
+        """Decode every row.
+
+        Args:
+            batch: targets empty.
+            k: prompts a row.
+            limits: most tokens of each row's answer.
+            options: for Hugging Face's `generate` (num_beams …).
+
+        Returns:
+            token ids of each row up to EOS (without it), and the match.
+        """
+        matched, rows = self.assemble(batch, k)
+        embeds, mask = _pad_left(rows)
+        out = self.llm.generate(  # type: ignore[operator]
+            inputs_embeds=embeds, attention_mask=mask, do_sample=False, eos_token_id=self.frame.eos,
+            pad_token_id=self.frame.pad, max_new_tokens=max(limits) + 1,
+            logits_processor=LogitsProcessorList([_RowLimits(limits, self.frame.eos)]), **options)
+        return [_until(row, self.frame.eos) for row in out.tolist()], matched
+
+
+class _RowLimits(LogitsProcessor):
+    """Ends each row at its own limit with EOS.
+
+    Cutting the longer output would do for greedy decoding; but beams still compete after a row's
+    limit, so that its text would depend on how far the others of the batch may go.
+    """
+
+    def __init__(self, limits: Sequence[int], eos: int) -> None:
+        self._limits = torch.tensor(limits)
+        self._eos = eos
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """input_ids [B · beams, generated so far], scores [B · beams, V]."""
+        limits = self._limits.to(scores.device).repeat_interleave(len(scores) // len(self._limits))
+        over = input_ids.shape[1] >= limits
+        ended = torch.full_like(scores, -torch.inf)
+        ended[:, self._eos] = 0
+        return torch.where(over[:, None], ended, scores)
+
+
+def _pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [L_row, D] → embeds [B, L, D] with zeros on the left, and int64 mask [B, L]."""
+    embeds = pad_sequence(rows, batch_first=True, padding_side="left")
+    sizes = torch.tensor([len(row) for row in rows], device=embeds.device)
+    places = torch.arange(embeds.shape[1], device=embeds.device)
+    return embeds, (places >= embeds.shape[1] - sizes[:, None]).long()
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids [B, L] counted from each row's first real token."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _until(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids

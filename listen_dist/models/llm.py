@@ -1,0 +1,69 @@
+"""The frozen LLM and its tokenizer, from any Hugging Face folder or name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from listen_dist.config import ModelConfig
+from listen_dist.models.encoders import check_model_folder
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class EmbeddingStats:
+    """The LLM's token embeddings in two figures: where prompts and audio tokens start."""
+
+    mean: torch.Tensor
+    """float32 [D]."""
+    std: float
+    """Root mean square deviation of one entry."""
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; it must know an end-of-sequence token (a BOS may be missing).
+
+    Raises:
+        ValueError: no EOS token.
+        FileNotFoundError: `path` looks like a folder and does not exist.
+    """
+    check_model_folder(path, "model.llm")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.llm = {path!r}: its tokenizer has no EOS token, so no target could end; "
+                         "set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def load_llm(config: ModelConfig) -> PreTrainedModel:
+    """Load the LLM in eval mode, without gradients, in `config.dtype`.
+
+    Under a sharding context (see engine.sharding) each rank keeps its shard alone.
+    """
+    check_model_folder(config.llm, "model.llm")
+    llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=DTYPES[config.dtype],
+                                               attn_implementation=config.attention)
+    # Hugging Face hands the head a slice of the sequence. Torch multiplies a strided [B, P, D] row by
+    # row and copies the whole [V, D] weight for each, which doubles a step's time on a CPU.
+    llm.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    return llm.requires_grad_(False).eval()
+
+
+def _contiguous(_module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (inputs[0].contiguous(),)
+
+
+@torch.no_grad()
+def embedding_stats(embedding: nn.Module, vocabulary: int) -> EmbeddingStats:
+    """Mean and deviation over the whole vocabulary, through the module's own forward.
+
+    The forward is what works under every sharding; the weight itself may be an empty shard.
+    """
+    device = next(embedding.parameters()).device
+    vectors = embedding(torch.arange(vocabulary, device=device)).float()  # [V, D]
+    mean = vectors.mean(0)
+    return EmbeddingStats(mean.cpu(), float((vectors - mean).square().mean().sqrt()))

@@ -1,0 +1,156 @@
+"""The data types that cross module borders, and the legend of shapes.
+
+Dimension letters used in docstrings and trailing comments everywhere:
+
+    B   rows of a batch (clips)
+    S   samples of audio (16 kHz, mono)
+    F   encoder frames (50 a second)
+    E   width of the encoder's frames
+    A   audio tokens, what the projector gives the LLM
+    P   text tokens
+    T   length of the matched context: text before, audio, text after
+    L   length of the LLM's input
+    D   width of the LLM
+    N   prompts in the pool
+    k   prompts selected
+    V   vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+SAMPLE_RATE = 16_000
+"""Hz. All audio in shards and in the model is mono at this rate."""
+
+ENCODER_RATE = 50
+"""Encoder frames a second (Whisper: 10 ms mel hops, halved by the second convolution)."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a manifest: what is spoken where, and what the model should answer.
+
+    `audio` holds one path, or two for `speaker_verification`. Either `target` is
+    non-empty, or `references` is (several right answers; training takes the first).
+    """
+
+    id: str
+    audio: tuple[str, ...]
+    task: str
+    target: str = ""
+    references: tuple[str, ...] = ()
+    instruction: str = ""
+    question: str = ""
+    language: str = ""
+    speaker: str = ""
+    duration: float | None = None
+    """Seconds of audio, if known before decoding."""
+    split: str = ""
+    meta: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All right answers; at least one in a valid record."""
+        return self.references or (self.target,)
+
+
+@dataclass(frozen=True)
+class AudioSample:
+    """A sample as read from a shard: the record, and its waveform and/or stored features."""
+
+    record: Record
+    waveform: np.ndarray | None
+    """float32 [S], or None when the features were read instead."""
+    features: np.ndarray | None = None
+    """float16 [F, E] frozen encoder output, when the shard stores it."""
+
+
+@dataclass
+class Batch:
+    """A micro-batch, padded to its own longest row, with true lengths.
+
+    `audio` holds either log-mel spectrograms [B, 80 or 128, M] (M mel frames, 100 a
+    second) or, when `is_features`, stored encoder frames [B, F, E].
+    """
+
+    ids: list[str]
+    tasks: list[str]
+    audio: torch.Tensor
+    audio_lengths: torch.Tensor  # [B] int64, true mel frames or encoder frames
+    is_features: bool
+    after_ids: list[list[int]]  # instruction tokens, a row each (unpadded)
+    target_ids: list[list[int]]  # target and EOS, a row each; empty lists at inference
+    answers: list[tuple[str, ...]]
+    seconds: list[float]
+    skipped: list[SkippedSample] = field(default_factory=list)
+
+    @property
+    def target_tokens(self) -> int:
+        """Number of tokens the loss covers (target and EOS)."""
+        return sum(len(row) for row in self.target_ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class SkippedSample:
+    """A sample that could not be used: where it is and why."""
+
+    id: str
+    shard: str
+    reason: str
+
+
+@dataclass
+class ModelOutput:
+    """What `Listen.forward` returns for one micro-batch."""
+
+    token_loss_sum: torch.Tensor
+    """Scalar: cross-entropy summed (not averaged) over target tokens and EOS."""
+    match_loss_sum: torch.Tensor
+    """Scalar: match loss summed over rows; 0 where the selection has none."""
+    target_tokens: int
+    rows: int
+    input_tokens: int
+    """Real tokens of the LLM's input."""
+    padded_tokens: int
+    """The same with padding."""
+    prompt_indices: torch.Tensor
+    """int64 [B, k], best first."""
+    prompt_scores: torch.Tensor
+    """float32 [B, k], softmax over the pool at the selected prompts."""
+    row_loss: torch.Tensor
+    """[B] cross-entropy summed over each row's target tokens (detached)."""
+
+
+@dataclass(frozen=True)
+class TextFrame:
+    """The token ids around the audio that are the same for every clip."""
+
+    bos: tuple[int, ...]
+    """BOS, or empty where the LLM has none. Not part of the query."""
+    before: tuple[int, ...]
+    """The text before the audio."""
+    eos: int
+    pad: int
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """All that resuming the data order needs: a cursor into a plan.
+
+    The plan is a pure function of the shard indexes and the seed, whatever the number of
+    ranks and workers, so nothing else is kept.
+    """
+
+    window: int = 0
+    """The window of samples that the next micro-batch comes from."""
+    offset: int = 0
+    """Micro-batches of that window already used, by all ranks together."""
+    samples: int = 0
+    """Samples planned so far, by all ranks together, unusable ones included."""

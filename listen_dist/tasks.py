@@ -1,0 +1,77 @@
+"""The tasks: what the model is asked, how long its answer may be, and which metric scores it."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from listen_dist.structures import Record
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task, as data, decoding and scoring need to know it."""
+
+    name: str
+    instruction: str
+    """Default text after the audio; short, since the LLM reads it with every clip.
+    Empty where each record brings its own (`speech_qa`: the question)."""
+    metric: str
+    """Name of the main metric: wer, bleu, accuracy or cider_d."""
+    better: Literal["lower", "higher"]
+    max_new_tokens: int
+    """Limit when decoding, in tokens of the LLM."""
+    tokens_per_second: float
+    """For text as long as the speech: a limit that grows with the clip (on top of 10 tokens), so that
+    a model that loops stops where no speaker could have said more. 0: no such limit."""
+    answers: Literal["text", "choice"]
+    """`choice`: a short answer out of a closed set, scored as right or wrong. `text`: anything."""
+    choices: tuple[str, ...] = ()
+    """The closed set where the task itself fixes it; empty where the data does (`meta.choices`)."""
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("asr", "Transcribe.", "wer", "lower", 160, 10, "text"),
+        Task("translation", "Translate.", "bleu", "higher", 160, 10, "text"),
+        Task("emotion", "Which emotion?", "accuracy", "higher", 6, 0, "choice"),
+        Task("speaker_verification", "Same speaker?", "accuracy", "higher", 4, 0, "choice", ("yes", "no")),
+        Task("speech_qa", "", "accuracy", "higher", 24, 0, "choice"),
+        Task("caption", "Describe the sound.", "cider_d", "higher", 40, 0, "text"),
+        Task("language_id", "Which language?", "accuracy", "higher", 6, 0, "choice"),
+    )
+}
+
+
+def token_limit(name: str, seconds: float) -> int:
+    """Most tokens that a clip of this task and length may be answered with."""
+    task = get_task(name)
+    by_length = 10 + int(task.tokens_per_second * seconds) if task.tokens_per_second else task.max_new_tokens
+    return min(task.max_new_tokens, by_length)
+
+
+def get_task(name: str) -> Task:
+    """Return the task called `name`.
+
+    Raises:
+        ValueError: nobody defined it; the message names the nearest known one.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
+    raise ValueError(f"unknown task {name[:80]!r}: {hint}")
+
+
+def instruction_for(record: Record) -> str:
+    """Return the text that follows the audio: the record's instruction, its question, or the default.
+
+    Raises:
+        ValueError: the task is unknown, or has no default and the record brings none.
+    """
+    text = record.instruction or record.question or get_task(record.task).instruction
+    if not text:
+        raise ValueError(f"record {record.id!r}: task {record.task!r} needs `question` or `instruction`")
+    return text

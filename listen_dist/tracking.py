@@ -1,0 +1,142 @@
+"""Where metrics go: a JSON-lines file always, MLflow if asked. Never blocks or ends a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from listen_dist.config import Config
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Takes what a run reports."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlTracker:
+    """One JSON line a call in `path`; appends, so that a resumed run goes on in the same file."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.read_bytes() if path.is_file() else b""
+        self._file = path.open("a", buffering=1)
+        if before and not before.endswith(b"\n"):  # cut short by a kill; it must not swallow the next line
+            self._file.write("\n")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MlflowTracker:
+    """Sends metrics to MLflow from a thread of its own; a store that fails is reported once and left alone.
+
+    Args:
+        uri: tracking address, e.g. `sqlite:///runs/mlflow.db` or `http://host:5000`.
+        experiment: its name.
+        run_name: name of a new run.
+        params: flat configuration, logged once.
+        id_file: holds the run's id, so that a resumed run goes on in the same MLflow run.
+    """
+
+    def __init__(self, uri: str, experiment: str, run_name: str, params: dict[str, str], id_file: Path) -> None:
+        self._queue: queue.Queue[Callable[[Any, str], None] | None] = queue.Queue(maxsize=10_000)
+        self._thread = threading.Thread(target=self._work, args=(uri, experiment, run_name, params, id_file),
+                                        daemon=True)
+        self._thread.start()
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        self._put(lambda client, run: client.log_batch(run, metrics=_metrics(metrics, now, step)))
+
+    def close(self, seconds: float = 20.0) -> None:
+        """Send what is left, for at most so many seconds."""
+        self._put(lambda client, run: client.set_terminated(run))
+        self._put(None)
+        self._thread.join(seconds)
+
+    def _put(self, call: Callable[[Any, str], None] | None) -> None:
+        try:
+            self._queue.put_nowait(call)
+        except queue.Full:  # the store is far behind; the JSON-lines file has everything
+            pass
+
+    def _work(self, uri: str, experiment: str, run_name: str, params: dict[str, str], id_file: Path) -> None:
+        try:
+            logging.getLogger("alembic").setLevel(logging.ERROR)
+            from mlflow.tracking import MlflowClient  # takes seconds to import
+
+            client = MlflowClient(tracking_uri=uri)
+            run = _find_or_create_run(client, experiment, run_name, params, id_file)
+            while (call := self._queue.get()) is not None:
+                call(client, run)
+        except Exception as error:  # whatever the store does, training goes on
+            logger.warning("MLflow at %s failed (%s); metrics go on in metrics.jsonl alone", uri, error)
+
+
+def _find_or_create_run(client: Any, experiment: str, run_name: str, params: dict[str, str], id_file: Path) -> str:
+    from mlflow.entities import Param
+    from mlflow.exceptions import MlflowException
+
+    if id_file.is_file():
+        try:
+            run_id = client.get_run(id_file.read_text().strip()).info.run_id
+            client.set_terminated(run_id, "RUNNING")
+            return str(run_id)
+        except MlflowException:
+            logger.warning("%s names an MLflow run that the store does not have; starting a new one", id_file)
+    found = client.get_experiment_by_name(experiment)
+    experiment_id = found.experiment_id if found else client.create_experiment(experiment)
+    run_id = client.create_run(experiment_id, run_name=run_name).info.run_id
+    client.log_batch(run_id, params=[Param(key, value[:500]) for key, value in params.items()])
+    id_file.write_text(run_id)
+    return str(run_id)
+
+
+def _metrics(metrics: dict[str, float], now: int, step: int) -> list[Any]:
+    from mlflow.entities import Metric
+
+    return [Metric(key, value, now, step) for key, value in metrics.items()]
+
+
+class Trackers:
+    """Several trackers as one; none on ranks that do not report."""
+
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log(metrics, step)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def default_uri(config: Config) -> str:
+    """The MLflow address of a config: its own, or the SQLite file beside the run folder."""
+    return config.tracking.uri or f"sqlite:///{Path(config.run_dir).resolve().parent / 'mlflow.db'}"
+
+
+def build_trackers(config: Config, params: dict[str, str]) -> Trackers:
+    """The trackers that a config asks for; call on rank 0 only."""
+    run_dir = Path(config.run_dir)
+    trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl")]
+    if config.tracking.mlflow:
+        trackers.append(MlflowTracker(default_uri(config), config.tracking.experiment, run_dir.name, params,
+                                      run_dir / "mlflow_run_id"))
+    return Trackers(trackers)

@@ -1,0 +1,261 @@
+"""Train a pool of prompts and a projector on top of a frozen LLM.
+
+    deepspeed --num_gpus 2 listen_dist/train.py --config configs/quickstart.yaml train.max_steps=50
+    torchrun --nproc-per-node 2 listen_dist/train.py --config configs/quickstart.yaml
+    python listen_dist/train.py --config configs/quickstart.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# A launched script's own folder comes first on sys.path and would shadow other packages' modules.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from listen_dist import config as configuration
+from listen_dist import dist, logs, tracking
+from listen_dist.config import Config, ConfigError
+from listen_dist.data.loader import find_filler, training_steps
+from listen_dist.data.shards import ShardError
+from listen_dist.engine import checkpoint
+from listen_dist.engine.assembly import Parts, assemble
+from listen_dist.engine.checkpoint import CheckpointError, TrainState
+from listen_dist.engine.meter import Meter
+from listen_dist.engine.optim import build_optimizer
+from listen_dist.engine.replicated import ReplicatedTrainables
+from listen_dist.engine.step import train_step
+from listen_dist.engine.warm_start import fit_last_layer
+from listen_dist.planner import count, llm_size, plan_memory
+from listen_dist.structures import Batch, LoaderState
+
+logger = logging.getLogger("listen_dist.train")
+
+
+@dataclass
+class Run:
+    """A run that is set up and stands at `state`."""
+
+    config: Config
+    parts: Parts
+    replicated: ReplicatedTrainables
+    optimizer: torch.optim.AdamW
+    state: TrainState
+    trackers: tracking.Trackers
+    first_step: int
+    """Where this process began; with `started`, for the time left."""
+    started: float
+    last_step: int
+    """Where training ends: `train.max_steps`, or earlier where `train.max_minutes` would be over."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Config:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not used")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, e.g. train.max_steps=50")
+    arguments = parser.parse_args(argv)
+    return configuration.load(arguments.config, arguments.overrides)
+
+
+def find_resume(config: Config) -> tuple[Path, Config] | None:
+    """The checkpoint to go on from and the config it was written with, checked; None to begin anew."""
+    found = checkpoint.newest(Path(config.run_dir) / "checkpoints")
+    if found is None:
+        return None
+    if config.train.resume == "never":
+        raise ConfigError(f"{config.run_dir}: holds {found.name} of an earlier run; set train.resume=auto to go on "
+                          "from it, or choose another run_dir")
+    return found, checkpoint.check_same_config(found, config)
+
+
+def set_up(config: Config, device: torch.device) -> Run:
+    if not config.data.train:
+        raise ConfigError("data.train: no set to train on; name a folder of shards")
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    found = find_resume(config)
+    parts = assemble(config, device)
+    replicated = ReplicatedTrainables(parts.model.trainable)
+    optimizer = build_optimizer(parts.model.trainable, config.train)
+    state = TrainState()
+    if found is not None:
+        resume_from, saved = found
+        state = checkpoint.read_state(resume_from)
+        asked_for_more = (config.train.max_steps, config.train.max_minutes) != (
+            saved.train.max_steps, saved.train.max_minutes)
+        state = replace(state, finished=state.finished and not asked_for_more)
+        checkpoint.load_trainables(resume_from, parts.model.trainable)
+        checkpoint.load_optimizer(resume_from, parts.model.trainable, optimizer)
+        logger.info("going on from %s", resume_from)
+    elif config.projector.start == "least_squares":
+        fit_last_layer(parts.model, clips_of_any_rank(parts))
+    replicated.prove_equal(state.step)
+    trackers = tracking.Trackers()
+    if dist.is_main():
+        (Path(config.run_dir) / "config.yaml").write_text(configuration.to_yaml(config))
+        flat = {key: str(value) for part, tree in asdict(config).items() if isinstance(tree, dict)
+                for key, value in ((f"{part}.{name}", v) for name, v in tree.items())}
+        trackers = tracking.build_trackers(config, flat)
+    run = Run(config, parts, replicated, optimizer, state, trackers, first_step=state.step, started=time.monotonic(),
+              last_step=config.train.max_steps)
+    summarize(run)
+    return run
+
+
+def clips_of_any_rank(parts: Parts) -> Iterator[Batch]:
+    """The training batches in plan order, all of them, alike on every rank."""
+    data = parts.config.data
+    steps = training_steps(
+        parts.reader(data.train, with_targets=True), [entry.weight for entry in data.train], parts.token_cost(0),
+        replace(data, workers=0), parts.config.train.seed, per_step=1, rank=0, world_size=1, start=LoaderState())
+    return (batch for batches, _ in steps for batch in batches)
+
+
+def summarize(run: Run) -> None:
+    """Say what learns, what lies on each rank, and what memory is planned."""
+    model, config = run.parts.model, run.config
+    size = llm_size(config.model.llm)
+    pool, projector = count(model.pool), count(model.projector)
+    frozen_projector = " (frozen)" if config.projector.freeze else ""
+    held = dist.gather_objects(run.parts.sharding.bytes_held())
+    logger.info("learned parameters: pool %s (%.3f %% of the LLM), projector %s%s", f"{pool:,}",
+                100 * pool / size.parameters, f"{projector:,}", frozen_projector)
+    logger.info("frozen parameters: LLM %s, speech encoder %s", f"{size.parameters:,}", f"{count(model.encoder):,}")
+    for rank, size_held in enumerate(held):
+        logger.info("rank %d of %d holds %.1f MiB of the LLM (parallel.llm = %s), all of the rest, on %s",
+                    rank, len(held), size_held / 2**20, config.parallel.llm, model.device)
+    plan = plan_memory(config, size, dist.world_size(), count(model.encoder), pool + projector)
+    for line in plan.lines():
+        logger.info(line)
+
+
+def train(run: Run) -> None:
+    """The loop: take a step's batches, step, now and then report and save."""
+    config, model = run.config, run.parts.model
+    reader = run.parts.reader(config.data.train, with_targets=True)
+    weights = [entry.weight for entry in config.data.train]
+    per_step = config.train.batches_per_step or dist.world_size()
+    steps = training_steps(reader, weights, run.parts.token_cost(config.pool.k_max), config.data, config.train.seed,
+                           per_step, dist.rank(), dist.world_size(), run.state.loader)
+    meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples)
+    filler = find_filler(reader)
+    model.train()
+    while run.state.step < run.last_step:
+        step = run.state.step
+        before = time.perf_counter()
+        batches, loader_state = next(steps)
+        meter.waited(time.perf_counter() - before)
+        note_skipped(run, batches)
+        result = train_step(model, run.replicated, run.optimizer, config, step, run.last_step, batches, filler)
+        meter.add(result, batches)
+        run.state = replace(run.state, step=step + 1, loader=loader_state)
+        if run.state.step % config.train.log_every == 0 or run.state.step == run.last_step:
+            report(run, meter, result.rate, float(result.grad_norm))
+        last = run.state.step >= run.last_step
+        if run.state.step % config.train.checksum_every == 0 or last:
+            run.replicated.prove_equal(run.state.step)
+        if run.state.step % config.train.save_every == 0 or last:
+            run.state = replace(run.state, finished=last)
+            save(run)
+
+
+def report(run: Run, meter: Meter, rate: float, grad_norm: float) -> None:
+    """One progress line, the trackers, and the stop when too much of the data is bad."""
+    metrics = meter.report() | {"learning_rate": rate, "grad_norm": grad_norm}
+    step, config = run.state.step, run.config
+    left_out = int(metrics["skipped_steps"])
+    if left_out:
+        logger.warning("step %d: %d steps since the last report had a non-finite gradient and were left out",
+                       step, left_out)
+    run.state = replace(run.state, skipped_steps=run.state.skipped_steps + left_out,
+                        skipped_samples=int(metrics["skipped_samples"]))
+    run.trackers.log(metrics, step)
+    if config.train.max_minutes:
+        keep_to_time(run, metrics["elapsed_seconds"])
+    logger.info(progress_line(run, metrics))
+    bad, read = meter.skipped, run.state.loader.samples
+    if read >= 100 and bad > config.data.max_bad_fraction * read:
+        raise ShardError(f"{bad} of {read} samples could not be used (data.max_bad_fraction = "
+                         f"{config.data.max_bad_fraction}); they are named in {skipped_file(run)}")
+
+
+def keep_to_time(run: Run, elapsed: float) -> None:
+    """Cut the number of steps to what fits `train.max_minutes`; all ranks know the same `elapsed` seconds."""
+    step, limit = run.state.step, run.config.train
+    left = 60 * limit.max_minutes - elapsed
+    fitting = step + max(0, int(left / elapsed * (step - run.first_step)))
+    run.last_step = min(limit.max_steps, fitting)
+
+
+def progress_line(run: Run, metrics: dict[str, float]) -> str:
+    done, left = run.state.step - run.first_step, run.last_step - run.state.step
+    eta = (time.monotonic() - run.started) / done * left
+    return (f"step {run.state.step}/{run.last_step} | loss {metrics['loss']:.3f} | "
+            f"match {metrics['match_loss']:.3f} | lr {metrics['learning_rate']:.2e} | "
+            f"{metrics['clips_per_second']:.1f} clips/s | {metrics['tokens_per_second']:.0f} tokens/s | "
+            f"waiting for data {100 * metrics['waiting_share']:.0f} % | "
+            f"prompts in use {metrics['effective_prompts']:.1f} | left {logs.clock(eta)}")
+
+
+def save(run: Run) -> None:
+    if dist.is_main():
+        path = checkpoint.save(run.checkpoints, run.config, run.state, run.parts.model.trainable, run.optimizer)
+        logger.info("saved %s", path)
+
+
+def skipped_file(run: Run) -> Path:
+    return run.folder / f"skipped-rank{dist.rank()}.jsonl"
+
+
+def note_skipped(run: Run, batches: list[Batch]) -> None:
+    """Name every sample that was left out, in a file and (the first ones) in the log."""
+    lines = [json.dumps(asdict(sample)) for batch in batches for sample in batch.skipped]
+    if lines:
+        with skipped_file(run).open("a") as file:
+            file.write("\n".join(lines) + "\n")
+        logger.warning("skipped %d samples, e.g. %s", len(lines), lines[0])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; a known mistake ends it with one line instead of a traceback."""
+    try:
+        config = parse_arguments(argv)
+        device = dist.setup(config.device, config.parallel.timeout_minutes)
+        logs.setup(Path(config.run_dir) / "train.log")
+        run = set_up(config, device)
+        if run.state.step >= config.train.max_steps or run.state.finished:
+            logger.info("already trained for %d steps; raise train.max_steps (or train.max_minutes) to go on",
+                        run.state.step)
+            return 0
+        run.started = time.monotonic()
+        train(run)
+        run.trackers.close()
+        logger.info("done. Evaluate with: deepspeed listen_dist/evaluate.py --config %s",
+                    run.folder / "config.yaml")
+        return 0
+    except (ConfigError, CheckpointError, ShardError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        dist.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""One rank of test_gradients.py: takes the trainer's own steps and writes down what it holds.
+
+    python -m tests.distributed.gradient_worker CONFIG OUT NAME:KEY=VALUE,KEY=VALUE …
+
+The ranks meet over the file store that STORE names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from datetime import timedelta
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+import torch.distributed
+from safetensors.torch import save_file
+
+from listen_dist import config as configuration
+from listen_dist import dist
+from listen_dist.config import Config
+from listen_dist.data.loader import BatchReader, find_filler, training_steps
+from listen_dist.data.schedule import SampleRef
+from listen_dist.engine.assembly import Parts, assemble
+from listen_dist.engine.optim import build_optimizer
+from listen_dist.engine.replicated import ReplicatedTrainables
+from listen_dist.engine.step import train_step
+from listen_dist.structures import LoaderState
+
+PROBED = [SampleRef(0, 0, 0), SampleRef(0, 0, 1), SampleRef(0, 0, 3), SampleRef(1, 0, 0), SampleRef(1, 0, 1)]
+PROBE_K = 3
+
+
+def probe(parts: Parts, reader: BatchReader) -> dict[str, list[float]]:
+    """Row loss and prompts of the same clips in batches that differ from rank to rank."""
+    cut = 1 + dist.rank()
+    turned = PROBED[dist.rank() :] + PROBED[: dist.rank()]
+    found = {}
+    with torch.no_grad():
+        for refs in (turned[:cut], turned[cut:]):
+            batch = reader[refs]
+            out = parts.model(batch, PROBE_K)
+            for i, name in enumerate(batch.ids):
+                found[name] = [float(out.row_loss[i]), *map(float, out.prompt_indices[i])]
+    return found
+
+
+def trainables(parts: Parts) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in parts.model.trainable.named_parameters()}
+
+
+def generic_module_can_be_defined() -> bool:
+    """Whether a later class can be a torch module and a typing.Generic (as in aac_metrics)."""
+    T = TypeVar("T")
+    try:
+        base = types.new_class("Base", (torch.nn.Module, Generic[T]))  # type: ignore[misc]
+        base[int]  # type: ignore[index]
+    except (TypeError, AttributeError):
+        return False
+    return True
+
+
+def run(config: Config, out: Path) -> None:
+    parts = assemble(config, torch.device("cpu"))
+    replicated = ReplicatedTrainables(parts.model.trainable)
+    optimizer = build_optimizer(parts.model.trainable, config.train)
+    reader = parts.reader(config.data.train, with_targets=True)
+    probed = probe(parts, reader)
+    before = trainables(parts)
+    per_step = config.train.batches_per_step
+    steps = training_steps(reader, [entry.weight for entry in config.data.train], parts.token_cost(config.pool.k_max),
+                           config.data, config.train.seed, per_step, dist.rank(), dist.world_size(), LoaderState())
+    notes = []
+    for step in range(3):
+        batches, _ = next(steps)
+        result = train_step(parts.model.train(), replicated, optimizer, config, step, config.train.max_steps, batches,
+                            find_filler(reader))
+        if step == 0:
+            grads = {name: p.grad.clone() for name, p in parts.model.trainable.named_parameters()
+                     if p.grad is not None}
+        notes.append({"ids": [batch.ids for batch in batches], "tokens": sum(b.target_tokens for b in batches),
+                      "k": result.k, "grad_norm": float(result.grad_norm)})
+    resident = sum(p.data.numel() * p.data.element_size() for p in parts.model.llm.parameters())
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(before, out / f"before-{dist.rank()}.safetensors")
+    save_file(grads, out / f"grads-{dist.rank()}.safetensors")
+    save_file(trainables(parts), out / f"after-{dist.rank()}.safetensors")
+    (out / f"notes-{dist.rank()}.json").write_text(json.dumps({
+        "steps": notes, "probed": probed, "checksum": replicated.checksum(),
+        "held": parts.sharding.bytes_held(), "resident": resident, "generic_works": generic_module_can_be_defined()}))
+
+
+def main() -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{os.environ['STORE']}", rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=60))
+    torch.set_num_threads(1)
+    config_file, out, *scenarios = sys.argv[1:]
+    for scenario in scenarios:
+        name, _, words = scenario.partition(":")
+        run(configuration.load(config_file, words.split(",")), Path(out) / name)
+    dist.shutdown()
+
+
+if __name__ == "__main__":
+    main()

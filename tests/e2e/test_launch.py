@@ -1,0 +1,110 @@
+"""The documented commands, as a user types them: three launchers train, two evaluate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from listen_dist.data.shards import ShardIndex
+from listen_dist.tasks import TASKS
+from tests import launching, tiny
+from tests.fixtures import TrainedRun
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def predictions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("launcher, ranks, more", [("torchrun", 2, []), ("python", 1, ["data.workers=1"])])
+def test_other_launchers_train(tiny_world: tiny.Tiny, trained: TrainedRun, tmp_path: Path, launcher: str, ranks: int,
+                               more: list[str]) -> None:
+    """Two steps; the first two losses are those of the `deepspeed` launch, since the global batches are."""
+    command = [*launching.command(launcher, launching.TRAIN, ranks), "--config", tiny_world.config_file,
+               f"run_dir={tmp_path / 'run'}", "train.batches_per_step=2", "train.max_steps=2", *more]
+    output = launching.run(command, 150).check().output
+    assert "step 2/2 | loss" in output and f"rank {ranks - 1} of {ranks} holds" in output and "done." in output
+    ours, theirs = ([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()][:2]
+                    for folder in (tmp_path / "run", trained.folder))
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-000002\n"
+    assert (tmp_path / "run/train.log").stat().st_size > 0
+
+
+def test_the_summary_tells_sizes(trained: TrainedRun) -> None:
+    for words in ("learned parameters: pool 1,280", "projector ", "frozen parameters: LLM ", "planned total",
+                  "waiting for data", "clips/s", "tokens/s", "left 0"):
+        assert words in trained.output, words
+
+
+Evaluate = Callable[..., tuple[Path, str]]
+
+
+@pytest.fixture(scope="module")
+def evaluate(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
+    def run(launcher: str, ranks: int, *more: str) -> tuple[Path, str]:
+        out = tmp_path_factory.mktemp("results") / "out"
+        command = [*launching.command(launcher, launching.EVALUATE, ranks), "--config", trained.folder / "config.yaml",
+                   "--out", out, *more]
+        return out, launching.run(command, 150).check().output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def greedy(evaluate: Evaluate) -> tuple[Path, str]:
+    return evaluate("deepspeed", 2, "eval.batch_tokens=120")
+
+
+def test_every_sample_is_scored_once_on_two_ranks(greedy: tuple[Path, str], tiny_world: tiny.Tiny) -> None:
+    folder, output = greedy
+    index = ShardIndex.load(tiny_world.test)
+    expected = sorted(name for shard in range(len(index.shards)) for name in index.shard_table(shard).ids)
+    assert len(expected) == 7
+    rows = predictions(folder)
+    assert [row["id"] for row in rows] == expected
+    assert all(len(row["prompts"]) == len(row["scores"]) == 4 and row["scores"] == sorted(row["scores"], reverse=True)
+               for row in rows)
+    assert sorted(path.name for path in folder.iterdir()) == ["eval_skipped.jsonl", "predictions.jsonl", "results.json"]
+    assert "silence" in output and "most_frequent" in output and "0 samples skipped" in output
+
+
+def test_results_have_the_documented_keys(greedy: tuple[Path, str], tiny_world: tiny.Tiny) -> None:
+    results, index = read_results(greedy[0]), ShardIndex.load(tiny_world.test)
+    assert {task: entry["samples"] for task, entry in results["tasks"].items()} == index.tasks
+    for name, entry in results["tasks"].items():
+        assert {"samples", "metric", "better", "metrics", "baseline", "baseline_name", "instruction"} <= set(entry)
+        assert (entry["metric"], entry["better"]) == (TASKS[name].metric, TASKS[name].better)
+        assert entry["metric"] in entry["metrics"] and set(entry["metrics"]) == set(entry["baseline"])
+    assert results["tasks"]["asr"]["baseline"]["wer"] == 1.0
+    assert results["step"] == 12 and results["k"] == 4 and results["ranks"] == 2 and results["split"] == "test"
+    assert results["data_fingerprints"] == {str(tiny_world.test): index.fingerprint}
+    assert {"checkpoint", "decoding", "normalizer", "versions", "code_commit", "skipped"} <= set(results)
+    assert results["decoding"]["beams"] == 1
+
+
+def test_another_layout_decodes_the_same(greedy: tuple[Path, str], evaluate: Evaluate) -> None:
+    """One rank, other batches: the same texts and the same prompts."""
+    folder, _ = evaluate("python", 1, "eval.batch_tokens=2048")
+    for ours, theirs in zip(predictions(folder), predictions(greedy[0]), strict=True):
+        assert {key: ours[key] for key in ("id", "text", "prompts")} == {
+            key: theirs[key] for key in ("id", "text", "prompts")}
+    assert read_results(folder)["tasks"] == read_results(greedy[0])["tasks"]
+
+
+def test_beams(greedy: tuple[Path, str], evaluate: Evaluate) -> None:
+    folder, _ = evaluate("torchrun", 2, "eval.beams=3", "eval.limit=5")
+    assert read_results(folder)["decoding"]["beams"] == 3
+    found = predictions(folder)
+    assert len(found) == 5
+    by_id = {row["id"]: row for row in predictions(greedy[0])}
+    assert all(row["prompts"] == by_id[row["id"]]["prompts"] for row in found)

@@ -1,0 +1,44 @@
+"""Fixtures that several folders of tests share; each is built once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import launching, tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> tiny.Tiny:
+    """Tiny models, shards and a configuration."""
+    return tiny.build(tmp_path_factory.mktemp("tiny"))
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run of the tiny configuration."""
+
+    folder: Path
+    output: str
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """Twelve unbroken steps on two ranks, started by the real `deepspeed` launcher."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    words = [*launching.command("deepspeed", launching.TRAIN, 2), "--config", tiny_world.config_file,
+             f"run_dir={folder}", "train.batches_per_step=2"]
+    return TrainedRun(folder, launching.run(words, 150).check().output)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread, so that sums are added in the same order everywhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

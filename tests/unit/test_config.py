@@ -1,0 +1,155 @@
+"""The configuration: what is wrong is refused by name before anything loads; the rest round-trips."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from listen_dist import config as configuration
+from listen_dist.config import Config, ConfigError
+from tests import tiny
+from tests.launching import ROOT
+
+pytestmark = pytest.mark.timeout(60)
+
+BASE = {"run_dir": "r", "model": {"llm": "a/b", "speech_encoder": "c/d"}, "data": {"train": [{"path": "x"}]}}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write(tmp_path, BASE)
+
+
+def write(folder: Path, tree: object) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+    return path
+
+
+REFUSED_WORDS = [
+    (["train.learning_rat=1"], r"unknown key 'train\.learning_rat'.* 'train\.learning_rate'"),
+    (["learning_rate=1"], r"unknown key 'learning_rate'.* 'train\.learning_rate'"),
+    (["trian.max_steps=1"], r"unknown key 'trian\.max_steps'.* 'train\.max_steps'"),
+    (["data.train[0].wieght=1"], r"'data\.train\[0\]\.wieght'.* 'data\.train\[0\]\.weight'"),
+    (["data.train=[{path: x, wheight: 2}]"], r"'data\.train\[0\]\.wheight'.* 'data\.train\[0\]\.weight'"),
+    (["train.max_steps"], r"'train\.max_steps': an override has the form key=value"),
+    (["train.max_steps=many"], r"train\.max_steps.*many"),
+    (["train.learning_rate=fast"], r"train\.learning_rate.*fast"),
+    (["train.schedule=cosin"], r"train\.schedule.*cosin"),
+    (["pool.stochastic_k=perhaps"], r"pool\.stochastic_k.*perhaps"),
+    (["train=5"], r"train"),
+    (["data.train[7].path=x"], r"data\.train\[7\]"),
+    (["data.train=x"], r"data\.train"),
+    (["model.llm=''"], r"model\.llm = '': must be set"),
+    (["model.llm="], r"command line: model\.llm"),
+    (["pool.top_k=51"], r"pool\.top_k = 51: must be 1 … pool\.prompts = 50"),
+    (["pool.top_k=0"], r"pool\.top_k = 0"),
+    (["pool.train_k_max=60"], r"pool\.train_k_max = 60"),
+    (["pool.prompts=0"], r"pool\.prompts = 0"),
+    (["projector.freeze=true"], r"projector\.freeze = True: needs projector\.init_from"),
+    (["projector.hidden=100"], r"projector\.hidden = 100: must be a multiple of projector\.heads = 12"),
+    (["projector.heads=0"], r"projector\.heads = 0"),
+    (["projector.layers=0"], r"projector\.layers = 0"),
+    (["projector.window=0.001"], r"projector\.window = 0\.001"),
+    (["model.after_audio=hello"], r"model\.after_audio = 'hello': must hold \{instruction\}"),
+    (["train.min_learning_rate=1"], r"train\.min_learning_rate = 1\.0: is above train\.learning_rate"),
+    (["train.max_steps=0"], r"train\.max_steps = 0"),
+    (["train.keep=0"], r"train\.keep = 0"),
+    (["train.batches_per_step=-1"], r"train\.batches_per_step = -1"),
+    (["train.clip_norm=-1"], r"train\.clip_norm = -1"),
+    (["train.beta2=1"], r"train\.beta2 = 1\.0"),
+    (["data.batch_tokens=1"], r"data\.batch_tokens = 1"),
+    (["data.window=0"], r"data\.window = 0"),
+    (["data.workers=-1"], r"data\.workers = -1"),
+    (["data.max_target_tokens=0"], r"data\.max_target_tokens = 0"),
+    (["data.max_seconds=31"], r"data\.max_seconds = 31\.0: must be within the encoder's window"),
+    (["data.train[0].weight=0"], r"data\.train\[0\]\.weight = 0\.0"),
+    (["data.train[0].path=''"], r"data\.train\[0\]\.path = '': must be set"),
+    (["eval.beams=0"], r"eval\.beams = 0"),
+    (["eval.batch_tokens=0"], r"eval\.batch_tokens = 0"),
+    (["eval.limit=-1"], r"eval\.limit = -1"),
+    (["parallel.timeout_minutes=0"], r"parallel\.timeout_minutes = 0"),
+]
+
+
+@pytest.mark.parametrize("words, message", REFUSED_WORDS, ids=[words[0] for words, _ in REFUSED_WORDS])
+def test_a_wrong_override_is_refused_by_name(base: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        configuration.load(base, words)
+    assert "\n" not in str(caught.value)
+
+
+REFUSED_FILES = [
+    ("train: {max_step: 3}", r"config\.yaml: unknown key 'train\.max_step'.* 'train\.max_steps'"),
+    ("data: {test: [{pth: x}]}", r"'data\.test\[0\]\.pth'.* 'data\.test\[0\]\.path'|'data\.train\[0\]\.path'"),
+    ("train: {max_steps: soon}", r"config\.yaml: .*max_steps.*soon"),
+    ("train: [1, 2]", r"config\.yaml: train: expected `key: value` lines below it"),
+    ("- a list", r"config\.yaml: expected `key: value` lines"),
+    ("train: {max_steps: [", r"config\.yaml: not readable as YAML"),
+    ("just text", r"config\.yaml"),
+]
+
+
+@pytest.mark.parametrize("text, message", REFUSED_FILES, ids=[text for text, _ in REFUSED_FILES])
+def test_a_wrong_file_is_refused_with_its_name(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configuration.load(write(tmp_path, text))
+
+
+def test_a_missing_file_is_refused_with_its_name() -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml: no such config file"):
+        configuration.load("nowhere.yaml")
+
+
+def test_an_empty_file_and_overrides_are_enough(tmp_path: Path) -> None:
+    config = configuration.load(write(tmp_path, ""), ["run_dir=r", "model.llm=a/b", "model.speech_encoder=c/d"])
+    assert config.pool.k == 20 and config.pool.k_max == 20
+
+
+def test_overrides_of_every_kind(base: Path) -> None:
+    config = configuration.load(base, [
+        "train.max_steps=50", "train.learning_rate=2e-3", "pool.top_k=4", "pool.stochastic_k=false",
+        "data.train[0].weight=3", "data.train.0.path=a=b", "data.test=[{path: t}, {path: u, weight: 2}]",
+        "model.before_audio='<|im_start|>user: [x]'", "projector.init_from=null"])
+    assert (config.train.max_steps, config.train.learning_rate) == (50, 2e-3)
+    assert (config.pool.k, config.pool.k_max, config.pool.stochastic_k) == (4, 4, False)
+    assert (config.data.train[0].weight, config.data.train[0].path) == (3.0, "a=b")
+    assert [(entry.path, entry.weight) for entry in config.data.test] == [("t", 1.0), ("u", 2.0)]
+    assert config.model.before_audio == "<|im_start|>user: [x]"
+    assert config.projector.init_from is None
+
+
+def test_a_later_override_wins(base: Path) -> None:
+    assert configuration.load(base, ["train.seed=1", "train.seed=2"]).train.seed == 2
+
+
+def test_it_is_frozen_all_the_way_down(base: Path) -> None:
+    config = configuration.load(base)
+    for node in (config, config.train, config.data, config.data.train[0]):
+        assert dataclasses.is_dataclass(node)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(node, dataclasses.fields(node)[0].name, None)
+
+
+def test_yaml_round_trip(base: Path, tmp_path: Path, tiny_world: tiny.Tiny) -> None:
+    unusual = ["model.before_audio=\"a\\n: 'b' #c\"", "train.min_learning_rate=1e-7",
+               "model.after_audio='é {instruction}'"]
+    for config in (configuration.load(base, unusual), tiny_world.config()):
+        copy = tmp_path / "copy.yaml"
+        copy.write_text(configuration.to_yaml(config))
+        assert configuration.load(copy) == config
+        assert configuration.differences(config, configuration.load(copy)) == []
+
+
+def test_differences_name_the_keys(base: Path) -> None:
+    a, b = configuration.load(base), configuration.load(base, ["train.seed=3", "data.train[0].weight=2"])
+    assert configuration.differences(a, b) == ["data.train", "train.seed"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads(path: Path) -> None:
+    config = configuration.load(path)
+    assert isinstance(config, Config) and config.data.train and config.data.test

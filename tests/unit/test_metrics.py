@@ -1,0 +1,122 @@
+"""Scores of texts, against plain computations of their own."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from listen_dist.evaluate import table
+from listen_dist.evaluation.metrics import (
+    baseline_hypotheses,
+    bleu_scores,
+    caption_scores,
+    choice_scores,
+    normalize,
+    task_scores,
+    wer_scores,
+)
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def edits(a: list[str], b: list[str]) -> int:
+    """Levenshtein's distance by a plain dynamic programme."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+sentences = st.lists(st.sampled_from(["cat", "dog", "bird", "house", "tree"]), min_size=0, max_size=8).map(" ".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(sentences, sentences.filter(bool)), min_size=1, max_size=6))
+def test_wer_is_edits_over_reference_words(pairs: list[tuple[str, str]]) -> None:
+    hypotheses, references = [h for h, _ in pairs], [r for _, r in pairs]
+    scores = wer_scores(hypotheses, references)
+    words = sum(len(r.split()) for r in references)
+    assert scores["wer"] == pytest.approx(sum(edits(h.split(), r.split()) for h, r in pairs) / words)
+    letters = sum(len(r) for r in references)
+    assert scores["cer"] == pytest.approx(sum(edits(list(h), list(r)) for h, r in pairs) / letters)
+    total = scores["insertions"] + scores["deletions"] + scores["substitutions"]
+    assert total == sum(edits(h.split(), r.split()) for h, r in pairs)
+
+
+def test_corpus_wer_is_no_mean_of_rows() -> None:
+    assert wer_scores(["one", "a b c d e f g h i x"], ["two", "a b c d e f g h i j"])["wer"] == pytest.approx(2 / 11)
+
+
+@pytest.mark.parametrize("said, meant", [
+    ("Hello, World!", "hello world"), ("twenty one", "21"), ("colour", "color"), ("um, it is", "it's"),
+    ("Mr. Smith won't", "mister smith will not"), ("  two   spaces ", "2 spaces"),
+])
+def test_english_normalisation(said: str, meant: str) -> None:
+    assert normalize(said) == normalize(meant)
+    assert wer_scores([said], [meant])["wer"] == 0
+
+
+def test_basic_normalisation_leaves_words_alone() -> None:
+    assert normalize("Yes.", "basic") == "yes"
+    assert normalize("twenty one", "basic") == "twenty one"
+    assert normalize("Où êtes-vous ?", "basic") == "où êtes vous"
+
+
+def test_references_without_words_are_left_out_and_none_at_all_is_an_error() -> None:
+    assert wer_scores(["x", "cat"], ["(music)", "cat"])["wer"] == 0
+    with pytest.raises(ValueError, match="no reference with a word"):
+        wer_scores(["x"], ["(music)"])
+
+
+def test_accuracy_weighted_and_not() -> None:
+    scores = choice_scores(["Yes!", "no", "yes", "maybe"], ["yes", "yes", "yes", "no"])
+    assert scores["accuracy"] == 0.5
+    assert scores["unweighted_accuracy"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_bleu_and_chinese() -> None:
+    assert bleu_scores(["the cat sat on the mat"], ["the cat sat on the mat"])["bleu"] == pytest.approx(100)
+    assert bleu_scores(["我喜欢学习中文"], ["我喜欢学习中文"], "zh")["bleu"] == pytest.approx(100)
+    assert bleu_scores(["a dog ran"], ["the cat sat on the mat"])["bleu"] < 10
+
+
+def test_cider_prefers_the_reference() -> None:
+    references = [["a dog barks loudly", "a dog is barking"], ["rain falls on a roof", "rain on the roof"],
+                  ["a door slams shut", "someone slams a door"]]
+    right = caption_scores(["a dog barks loudly", "rain falls on a roof", "a door slams shut"], references)["cider_d"]
+    punctuated = caption_scores(["A dog barks loudly.", "Rain falls on a roof!", "A door slams shut"], references)
+    near = caption_scores(["a dog barks", "rain on a window", "a door"], references)["cider_d"]
+    wrong = caption_scores(["music plays", "music plays", "music plays"], references)["cider_d"]
+    assert right > near > wrong == pytest.approx(0)
+    assert punctuated["cider_d"] == pytest.approx(right)
+
+
+@pytest.mark.parametrize("score", [wer_scores, choice_scores, bleu_scores, caption_scores])
+def test_lengths_must_agree(score: object) -> None:
+    for hypotheses, references in ((["a"], ["a", "b"]), ([], [])):
+        with pytest.raises(ValueError, match="expected as many of each"):
+            score(hypotheses, references)  # type: ignore[operator]
+
+
+def test_baselines_are_of_the_split_itself() -> None:
+    answers = [("yes",), ("no",), ("yes",)]
+    name, said = baseline_hypotheses("speaker_verification", answers)
+    assert (name, said) == ("most_frequent", ["yes"] * 3)
+    assert task_scores("speaker_verification", said, answers)["accuracy"] == pytest.approx(2 / 3)
+    name, said = baseline_hypotheses("asr", [("a b",), ("c",)])
+    assert (name, said) == ("silence", ["", ""])
+    assert task_scores("asr", said, [("a b",), ("c",)])["wer"] == 1.0
+    assert task_scores("translation", ["", ""], [("a b",), ("c",)])["bleu"] == 0
+
+
+def test_the_table_says_which_is_better() -> None:
+    def entry(metric: str, better: str, ours: float, theirs: float) -> dict[str, object]:
+        return {"samples": 3, "metric": metric, "better": better, "metrics": {metric: ours},
+                "baseline": {metric: theirs}, "baseline_name": "silence"}
+
+    text = table({"asr": entry("wer", "lower", 0.3, 1.0), "emotion": entry("accuracy", "higher", 0.3, 0.5),
+                  "language_id": entry("accuracy", "higher", 0.5, 0.5)}).splitlines()
+    assert "(better;" in text[1] and "(NOT better;" in text[2] and "(NOT better;" in text[3]

@@ -1,0 +1,91 @@
+"""Metrics reach their files and stores, and no store can hold a run up."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from listen_dist.tracking import JsonlTracker, MlflowTracker, Trackers, build_trackers, default_uri
+from tests import tiny
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def test_jsonl_appends_a_line_a_call(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    for first in (1, 3):  # the second tracker is the resumed run
+        tracker = JsonlTracker(path)
+        for step in (first, first + 1):
+            tracker.log({"loss": step / 3}, step)
+            assert json.loads(path.read_text().splitlines()[-1])["loss"] == step / 3  # readable at once
+        tracker.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(set(line) == {"step", "time", "loss"} for line in lines)
+
+
+def test_a_line_cut_short_by_a_kill_spoils_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    tracker = JsonlTracker(path)
+    tracker.log({"loss": 1.5}, 2)
+    tracker.close()
+    lines = path.read_text().splitlines()
+    assert len(lines) == 3 and json.loads(lines[0])["step"] == 1
+    assert json.loads(lines[2]) | {"time": 0} == {"step": 2, "time": 0, "loss": 1.5}
+
+
+def test_mlflow_store_is_written_and_goes_on_after_a_restart(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for steps in ((1, 2), (3,)):
+        tracker = MlflowTracker(uri, "tiny", "my-run", {"train.seed": "3", "long": "x" * 900}, tmp_path / "id")
+        for step in steps:
+            tracker.log({"loss": 1 / step, "odd": math.nan if step == 2 else 1.0}, step)
+        tracker.close(60)
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "my-run" and run.info.status == "FINISHED"
+    assert run.data.params["train.seed"] == "3" and len(run.data.params["long"]) == 500
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+
+
+def test_an_unreachable_store_neither_blocks_nor_ends(tmp_path: Path) -> None:
+    start = time.monotonic()
+    tracker = MlflowTracker("http://127.0.0.1:9", "tiny", "my-run", {}, tmp_path / "id")
+    for step in range(20_000):  # more than the queue takes
+        tracker.log({"loss": 1.0}, step)
+    tracker.close(2.0)
+    assert time.monotonic() - start < 10
+    assert not (tmp_path / "id").exists()
+
+
+def test_a_broken_store_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mlflow.db").write_text("this is no database, and long enough to be one " * 100)
+    tracker = MlflowTracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "tiny", "my-run", {}, tmp_path / "id")
+    tracker.log({"loss": 1.0}, 1)
+    tracker.close(60)
+    tracker.log({"loss": 1.0}, 2)
+    said = [record.message for record in caplog.records if record.name == "listen_dist.tracking"]
+    assert len(said) == 1 and "metrics go on in metrics.jsonl alone" in said[0]
+    assert (tmp_path / "mlflow.db").read_text().startswith("this is no database")
+
+
+def test_the_config_chooses_trackers(tiny_world: tiny.Tiny, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "a"
+    config = tiny_world.config(f"run_dir={run_dir}")
+    trackers = build_trackers(config, {})
+    trackers.log({"loss": 1.0}, 1)
+    trackers.close()
+    assert sorted(path.name for path in run_dir.iterdir()) == ["metrics.jsonl"]
+    assert default_uri(config) == f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
+    assert default_uri(tiny_world.config("tracking.uri=http://host:5000")) == "http://host:5000"
+    Trackers().log({"loss": 1.0}, 1)

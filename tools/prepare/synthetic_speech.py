@@ -1,0 +1,307 @@
+"""Speak short English sentences with the free voices of flite and write manifests for `asr`.
+
+    python tools/prepare/synthetic_speech.py
+    python tools/prepare/synthetic_speech.py --sentences 3000 --workers 8
+    python tools/prepare/synthetic_speech.py --out /data/manifests --recordings /data/recordings
+
+The voices (kal16, slt, rms; awb for the test alone) are those of Debian's flite and libflite1, the
+sentences come from fortunes and fortunes-min; both are fetched without root. Written:
+asr_synthetic.{train,test}.jsonl and 16 kHz WAV files in <recordings>/synthetic/clips. No sentence is in both
+splits, nor in the telephone prompts' asr manifests where those lie in --out. Which sentences, which voice and
+how fast follows from md5 of the text, so a smaller run is a part of a bigger one, the manifests come out the
+same bytes every time, and a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes.util
+import os
+import re
+import subprocess
+import wave
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from debian_packages import PrepareError, fetch_files, run_main
+from phone_rules import SPLITS, digest, drawn, normalise, record_id
+from tqdm import tqdm
+
+from listen_dist.data.manifest import read_manifest, write_manifest
+from listen_dist.structures import SAMPLE_RATE, Record
+
+FOLDER = "synthetic"
+TRAIN_VOICES, TEST_VOICE = ("kal16", "rms", "slt"), "awb"
+TEST_SENTENCES = 60
+MIN_WORDS, MAX_WORDS = 2, 10
+LONG_WORDS = 9
+"""Of the sentences this long half are left out, which brings the mean from 2.3 s to 2.2 s."""
+STRETCH_PERCENT = range(85, 116)
+"""Length of a clip, in percent of the voice's own."""
+SPEAK_TIMEOUT = 60
+"""Seconds; a sentence takes 0.04."""
+
+# Not taken: songs, poems and pictures, source code, and jokes at other people's expense.
+TOPICS = frozenset(
+    """art computers cookie education food fortunes goedel humorists kids law linuxcookie literature magic
+    medicine miscellaneous news paradoxum people pets platitudes politics riddles science sports startrek tao
+    wisdom work""".split()
+)
+BLOCKED = re.compile(
+    r"""\b(?:adult|alcohol|arse|ass(?:es|hole)?\b|bastard|beer|bitch|blond|bloody|boob|booz|bra\b|breast
+    |brothel|bugger|bull?shit|castrat|cocain|cock|colored|condom|corpse|crap|cunt|dammit|damn|dick
+    |dope\b|drug|drunk|dumb|dwarf|erect|erotic|fags?\b|faggot|fart|fat\b|feminis|fetish|fuck|gay|genital
+    |girl|goddamn|hang|hell\b|hemp|heroin|homo|hooker|idiot|impoten|incest|kill|kinky|lesbian|lust
+    |marijuana|masturb|mistress|moron|murder|naked|nipple|nud[ei]|oral\b|orgasm|orgy|panties|penis
+    |pervert|piss|porn|pregnan|prostitut|puberty|pussy|queer|rap(?:e|ist)|screw|seduc|sex|shit|shoot
+    |shot|slave|slut|sperm|stupid|suck|suicid|testic|tits?\b|ugly|urin|vagina|vibrator|virgin|vomit
+    |whisk|whore|wife|wives|woman|women)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+ABBREVIATION = re.compile(r"\b([A-Z]|Mr|Mrs|Ms|Dr|St|Prof|Gen|Capt|Jr|Sr|No|vs|etc|[ei]\.[eg])\.")
+# Lower case but for the first word and "I": names, and abbreviations in capitals, are hard to spell by ear.
+SENTENCE = re.compile(
+    r"""(?:[A-Z][a-z]+|A|I)(?:['-][a-z]+)*
+    (?:[,;:]?[ ](?:(?:[a-z][a-z]+|a)(?:['-][a-z]+)*|I(?:'[a-z]+)?))*[.!?]""",
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A sentence, who speaks it, and for which split."""
+
+    text: str
+    voice: str
+    split: str
+
+    @property
+    def id(self) -> str:
+        """Name of the record and of the file: a function of voice and text alone."""
+        return record_id("syn", self.voice, f"{digest(f'{self.voice}/{self.text}') % 16**10:010x}")
+
+    @property
+    def stretch(self) -> float:
+        """Length as a multiple of the voice's own."""
+        return STRETCH_PERCENT[digest(f"stretch/{self.text}") % len(STRETCH_PERCENT)] / 100
+
+
+def main() -> None:
+    """Fetch, choose the sentences, speak them, write the manifests."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sentences", type=int, default=2000, help="clips to train on (default: 2000)")
+    parser.add_argument("--out", type=Path, default=Path("assets/manifests"), help="folder for the manifests")
+    parser.add_argument(
+        "--recordings", type=Path, default=Path("assets/recordings"), help="folder for the audio"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="clips spoken at a time (default: 2)")
+    options = parser.parse_args()
+    if options.sentences < 1 or options.workers < 1:
+        raise PrepareError("--sentences and --workers are numbers above 0")
+    recordings, out = options.recordings.resolve(), options.out.resolve()
+    _fetch(recordings)
+    clips = choose_clips(read_texts(recordings / FOLDER / "fortunes"), options.sentences, known_sentences(out))
+    records = speak_all(clips, recordings / FOLDER, options.workers)
+    print(f"{'task':<16}{'split':<7}{'records':>8}{'hours':>8}{'mean s':>8}  voices")
+    for split in ("train", "test"):
+        group = [record for record in records if record.split == split]
+        write_manifest(out / f"asr_synthetic.{split}.jsonl", group)
+        seconds = sum(record.duration or 0.0 for record in group)
+        voices = ", ".join(f"{name} {n}" for name, n in sorted(Counter(r.speaker for r in group).items()))
+        mean = seconds / len(group)
+        print(f"{'asr_synthetic':<16}{split:<7}{len(group):>8}{seconds / 3600:>8.2f}{mean:>8.2f}  {voices}")
+
+
+# --- fetch ------------------------------------------------------------------------------------------
+
+
+def _fetch(recordings: Path) -> None:
+    """Fetch flite and the texts, and ALSA's library, which flite is linked to, where the machine has none."""
+    fetch_files(
+        {
+            "flite": _program_name,
+            "libflite1": _library_name,
+            "fortunes": _text_name,
+            "fortunes-min": _text_name,
+        },
+        recordings,
+    )
+    if not ctypes.util.find_library("asound"):
+        try:
+            fetch_files({"libasound2": _library_name}, recordings)
+        except PrepareError:  # its name since Debian 13 and Ubuntu 24.04
+            fetch_files({"libasound2t64": _library_name}, recordings)
+    (recordings / FOLDER / "flite/flite").chmod(0o755)
+
+
+def _program_name(name: str) -> str | None:
+    return f"{FOLDER}/flite/flite" if name == "usr/bin/flite" else None
+
+
+def _library_name(name: str) -> str | None:
+    """Return where a shared library goes: under the name that programs ask for, in the package a link."""
+    match = re.fullmatch(r"usr/lib/[^/]+/(libflite\w*|libasound)\.so\.[\d.]+", name)
+    version = {"libasound": 2}.get(match[1], 1) if match else 0
+    return f"{FOLDER}/flite/{match[1]}.so.{version}" if match else None
+
+
+def _text_name(name: str) -> str | None:
+    folder, _, topic = name.rpartition("/")
+    return f"{FOLDER}/fortunes/{topic}" if folder == "usr/share/games/fortunes" and topic in TOPICS else None
+
+
+# --- choose the sentences ---------------------------------------------------------------------------
+
+
+def read_texts(folder: Path) -> list[str]:
+    """Return the collections of fortunes in `folder`."""
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*"))]
+    if not texts:
+        raise PrepareError(f"no texts below {folder}; delete {folder.parent} and run again")
+    return texts
+
+
+def known_sentences(manifests: Path) -> set[str]:
+    """Return the normalised sentences of the telephone prompts' asr manifests, as far as they are there."""
+    paths = [manifests / f"asr.{split}.jsonl" for split in SPLITS]
+    return {normalise(record.target) for path in paths if path.is_file() for record in read_manifest(path)}
+
+
+def choose_clips(texts: Iterable[str], count: int, known: set[str]) -> list[Clip]:
+    """Return `count` clips to train on and the test's, whose sentences are the same whatever `count` is.
+
+    Raises:
+        PrepareError: the texts hold fewer sentences.
+    """
+    sentences = [text for text in clean_sentences(texts) if normalise(text) not in known]
+    short = [text for text in sentences if len(normalise(text).split()) < LONG_WORDS or digest(text) % 2]
+    ordered = drawn(short, "synthetic")
+    held, rest = ordered[:TEST_SENTENCES], ordered[TEST_SENTENCES:]
+    if len(rest) < count:
+        raise PrepareError(
+            f"--sentences {count}: the texts hold {len(rest)} clean sentences; ask for no more"
+        )
+    train = [
+        Clip(text, TRAIN_VOICES[digest(f"voice/{text}") % len(TRAIN_VOICES)], "train")
+        for text in rest[:count]
+    ]
+    return [Clip(text, TEST_VOICE, "test") for text in held] + train
+
+
+def clean_sentences(texts: Iterable[str]) -> list[str]:
+    """Return the short, clean sentences of collections of fortunes, sorted; none comes twice.
+
+    A word that comes only once or twice in all texts (a typo, a foreign language) makes a sentence unfit.
+    """
+    fortunes = [fortune for text in texts for fortune in re.split(r"^%.*$", text, flags=re.MULTILINE)]
+    pieces = [piece for fortune in fortunes for piece in split_sentences(fortune)]
+    frequency = Counter(word for piece in pieces for word in normalise(piece).split())
+    found: dict[str, str] = {}
+    for piece in sorted(set(pieces)):
+        words = normalise(piece).split()
+        if is_clean(piece) and MIN_WORDS <= len(words) <= MAX_WORDS and all(frequency[w] > 2 for w in words):
+            found.setdefault(" ".join(words), piece)
+    return sorted(found.values())
+
+
+def split_sentences(fortune: str) -> list[str]:
+    """Return the sentences of one fortune, without the attribution at its end and quotation marks around.
+
+    >>> split_sentences('"Nothing is\\nalways."  Is it?\\n\\t\\t-- Anon.')
+    ['Nothing is always.', 'Is it?']
+    """
+    said = re.split(r"^\s*--", fortune, maxsplit=1, flags=re.MULTILINE)[0]
+    sentences = []
+    for paragraph in re.split(r"\n\s*\n|\n(?=[ \t]|[QA]:)", said):
+        line = ABBREVIATION.sub(r"\1@", re.sub(r"\s+", " ", paragraph))  # "@" is no character of a sentence
+        line = re.sub(r"^ ?[QA]: ?", "", line)
+        sentences += [part.strip(" \"'`") for part in re.split(r"(?<=[.!?])[\"']* +(?=[\"'`]*[A-Z])", line)]
+    return [sentence for sentence in sentences if sentence]
+
+
+def is_clean(sentence: str) -> bool:
+    """Tell whether a sentence is plain words (see SENTENCE) that one would say to anyone."""
+    return bool(SENTENCE.fullmatch(sentence)) and not BLOCKED.search(sentence)
+
+
+# --- speak ------------------------------------------------------------------------------------------
+
+
+def speak_all(clips: Sequence[Clip], folder: Path, workers: int) -> list[Record]:
+    """Return the records of clips, spoken where their file isn't there yet, in the clips' order."""
+    (folder / "clips").mkdir(exist_ok=True)
+    with ThreadPoolExecutor(workers) as pool:  # threads: the work is done by flite's processes
+        spoken = pool.map(partial(speak, folder=folder), clips)
+        return list(tqdm(spoken, total=len(clips), desc="speak", unit="clip", disable=None))
+
+
+def speak(clip: Clip, folder: Path) -> Record:
+    """Speak one clip to a file, unless it is there."""
+    path = folder / f"clips/{clip.id}.wav"
+    if not path.is_file():
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            run_flite(clip, folder / "flite", temporary)
+            wav_seconds(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return Record(
+        id=clip.id,
+        audio=(str(path),),
+        task="asr",
+        target=clip.text,
+        language="en",
+        speaker=f"flite-{clip.voice}",
+        duration=round(wav_seconds(path), 4),
+        split=clip.split,
+    )
+
+
+def run_flite(clip: Clip, folder: Path, path: Path) -> None:
+    """Run the flite in `folder` on a clip's text."""
+    command = [folder / "flite", "-voice", clip.voice, "--setf", f"duration_stretch={clip.stretch}"]
+    try:
+        subprocess.run(
+            [*command, "-t", clip.text, "-o", path],
+            env={**os.environ, "LD_LIBRARY_PATH": str(folder)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=SPEAK_TIMEOUT,
+        )
+    except OSError as error:
+        raise PrepareError(f"flite does not start: {error}; delete {folder} and run again") from None
+    except subprocess.TimeoutExpired:
+        raise PrepareError(f"flite took over {SPEAK_TIMEOUT} s to speak {clip.text!r}") from None
+    except subprocess.CalledProcessError as error:
+        raise PrepareError(f"flite failed (exit {error.returncode}):\n{error.stderr.strip()}") from None
+
+
+def wav_seconds(path: Path) -> float:
+    """Return the length of a mono 16 kHz WAV file.
+
+    Raises:
+        PrepareError: it is something else, or cut short.
+    """
+    try:
+        with wave.open(str(path)) as file:
+            seconds = file.getnframes() / SAMPLE_RATE
+            whole = path.stat().st_size >= file.getnframes() * file.getsampwidth()
+            fits = (file.getframerate(), file.getnchannels()) == (SAMPLE_RATE, 1)
+    except (wave.Error, EOFError, OSError) as error:
+        raise PrepareError(f"{path} is no WAV file ({error}); delete it and run again") from None
+    if not (fits and whole and seconds > 0.1):
+        raise PrepareError(f"{path} is not whole mono speech at 16 kHz; delete it and run again")
+    return seconds
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""Turn manifests into shards: 16 kHz mono FLAC in WebDataset tars, with an index.
+
+    python tools/shard_dataset.py assets/manifests/asr.train.jsonl assets/shards/train
+    python tools/shard_dataset.py assets/manifests/*.train.jsonl assets/shards/train     # one mixed set
+    python tools/shard_dataset.py assets/manifests/*.jsonl assets/shards --separate      # asr/train/, asr/dev/ …
+    python tools/shard_dataset.py M.jsonl OUT --features speech --speech-encoder assets/models/whisper-tiny.en
+    python tools/shard_dataset.py OUT --verify          # check the hashes and decode every sample
+    python tools/shard_dataset.py OUT --stats           # hours, tasks, languages, lengths
+
+Samples are laid out in the order of md5(id), so that every shard is a fair sample of the whole. The same
+input gives the same bytes. A run that was stopped goes on where it was: finished shards whose hash and
+input agree are kept. A sample that can't be used is skipped, counted, and named in OUT/skipped.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from shard_build import BuildOptions, build
+from shard_stats import print_stats, verify_all
+
+from listen_dist.data.shards import ShardIndex
+
+
+def main() -> None:
+    """Parse the command line and do what it says."""
+    options = _parse()
+    try:
+        if options.manifests:
+            settings = BuildOptions(
+                shard_seconds=options.shard_seconds,
+                max_seconds=options.max_seconds,
+                speech_encoder=options.speech_encoder if options.features else None,
+                dtype=options.dtype,
+            )
+            indexes = build(_sets(options), settings, options.workers, options.overwrite)
+        else:
+            indexes = [ShardIndex.load(options.out)]
+        for index in indexes:
+            if options.verify:
+                verify_all(index, options.max_seconds)
+            if options.stats:
+                print_stats(index)
+    except BrokenProcessPool:
+        sys.exit("error: a worker process died (out of memory?); run again with fewer --workers to go on")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _sets(options: argparse.Namespace) -> dict[Path, list[Path]]:
+    """Return output folder → its manifests."""
+    if not options.separate:
+        return {options.out: options.manifests}
+    sets = {options.out.joinpath(*manifest.stem.split(".")): [manifest] for manifest in options.manifests}
+    if len(sets) < len(options.manifests):
+        raise ValueError("--separate: two manifests have the same name, so their shards would share a folder")
+    return sets
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("manifests", type=Path, nargs="*", help="JSON lines, one sample a line")
+    parser.add_argument("out", type=Path, help="folder for the shards (made if missing)")
+    parser.add_argument(
+        "--separate",
+        action="store_true",
+        help="a folder for each manifest: OUT/asr/train for asr.train.jsonl",
+    )
+    parser.add_argument("--shard-seconds", type=float, default=600.0, help="audio a shard (default 600)")
+    parser.add_argument("--max-seconds", type=float, default=30.0, help="skip longer samples (default 30)")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes, a shard each at a time (default 2)"
+    )
+    parser.add_argument(
+        "--features", choices=["speech"], help="also store the frozen speech encoder's frames"
+    )
+    parser.add_argument(
+        "--speech-encoder", metavar="DIR", help="Whisper folder or name, with --features speech"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="in which the encoder computes"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace shards of another manifest in OUT")
+    parser.add_argument("--verify", action="store_true", help="check hashes, decode every sample")
+    parser.add_argument("--stats", action="store_true", help="print hours, tasks, languages, lengths")
+    options = parser.parse_args()
+    if bool(options.features) != bool(options.speech_encoder):
+        parser.error("--features speech and --speech-encoder DIR go together")
+    if not options.manifests and not (options.verify or options.stats):
+        parser.error("give a manifest and a folder, or one folder with --verify or --stats")
+    if options.shard_seconds <= 0 or options.max_seconds <= 0 or options.workers < 1:
+        parser.error("--shard-seconds, --max-seconds and --workers must be above 0")
+    return options
+
+
+if __name__ == "__main__":
+    main()
