@@ -19,7 +19,8 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,18 @@ import numpy as np
 
 from listen_dist.data.decode import AudioError
 from listen_dist.data.manifest import ManifestError, check_id
+from listen_dist.data.shard_entries import ShardEntries, ShardEntry
 from listen_dist.data.shard_members import ShardError, Want, parse_sample
 from listen_dist.structures import AudioSample
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
+MOST_CHECKED = 10_000
+"""Shards whose size is compared with the index at start; all of them in a set of up to so many."""
+CHECK_THREADS = 16
 
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*\.tar")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,199}\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _COLUMNS = {"id": str, "offset": int, "bytes": int, "seconds": float, "task": str, "text_chars": int}
 
 
@@ -46,28 +52,6 @@ class FeatureInfo:
     """E, the width of a frame."""
     rate: int
     """Frames a second."""
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """One shard, as the index tells it."""
-
-    name: str
-    samples: int
-    bytes: int
-    """Size of the tar."""
-    seconds: float
-    """Audio in it."""
-    sha256: str
-    samples_sha256: str
-    """Hash of the sidecar."""
-    tasks: dict[str, int]
-    """Samples of each task."""
-
-    @property
-    def sidecar(self) -> str:
-        """Name of the file with the columns."""
-        return self.name.removesuffix(".tar") + ".samples.json"
 
 
 @dataclass(frozen=True)
@@ -90,7 +74,7 @@ class ShardIndex:
     """A folder of shards. Small to pickle, safe to share between processes: it holds no open file."""
 
     folder: Path
-    shards: tuple[ShardEntry, ...]
+    shards: ShardEntries
     samples: int
     seconds: float
     tasks: dict[str, int]
@@ -100,7 +84,9 @@ class ShardIndex:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> ShardIndex:
-        """Read and check `index.json` (or the folder that holds it), and the size of every shard.
+        """Read and check `index.json` (or the folder that holds it), and that the shards are there in full size.
+
+        Of more than MOST_CHECKED shards, every second (third …) is looked at; one that is cut short shows when read.
 
         Raises:
             ShardError: a file is missing, cut short, or disagrees with the index; names it and the cure.
@@ -109,6 +95,11 @@ class ShardIndex:
         if not file.is_file():
             raise ShardError(f"{file}: no such index; write shards with tools/shard_dataset.py")
         return _index_from_json(file, _load_json(file, file.read_bytes()))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples of each shard, int64 [shards]."""
+        return self.shards.samples
 
     @property
     def fingerprint(self) -> str:
@@ -169,14 +160,14 @@ def _index_from_json(file: Path, data: Any) -> ShardIndex:
     if version != FORMAT_VERSION:
         raise ShardError(f"{file}: key 'format_version': {version}, this code reads {FORMAT_VERSION}")
     rows = _get(data, "shards", list, where)
-    shards = tuple(_entry_from_json(row, f"{file}: shards[{i}]") for i, row in enumerate(rows))
-    if not shards:
+    entries = [_entry_from_json(row, f"{file}: shards[{i}]") for i, row in enumerate(rows)]
+    if not entries:
         raise ShardError(f"{file}: key 'shards' is empty")
-    if len({shard.name for shard in shards}) != len(shards):
+    if len({entry.name for entry in entries}) != len(entries):
         raise ShardError(f"{file}: key 'shards': a name comes twice")
     index = ShardIndex(
         folder=file.parent,
-        shards=shards,
+        shards=ShardEntries(entries),
         samples=_get(data, "samples", int, where),
         seconds=_get(data, "seconds", float, where),
         tasks=_counts(data, "tasks", where),
@@ -184,14 +175,20 @@ def _index_from_json(file: Path, data: Any) -> ShardIndex:
         skipped=_get(data, "skipped", int, where),
         features=_features_from_json(data.get("features"), where),
     )
-    totals = sum((Counter(shard.tasks) for shard in shards), Counter())
-    if index.samples != sum(shard.samples for shard in shards) or index.tasks != dict(totals):
+    totals: Counter[str] = Counter()
+    for entry in entries:
+        totals.update(entry.tasks)
+    if index.samples != sum(entry.samples for entry in entries) or index.tasks != dict(totals):
         raise ShardError(f"{file}: keys 'samples' and 'tasks' are not the sums over 'shards'; write it anew")
-    for shard in shards:
-        _check_size(file.parent / shard.name, shard.bytes)
-        if not (file.parent / shard.sidecar).is_file():
-            raise ShardError(f"{file.parent / shard.sidecar}: missing; write the shard anew or restore it")
+    with ThreadPool(CHECK_THREADS) as pool:  # on a shared folder each look takes a round trip
+        pool.map(partial(_check_files, file.parent), entries[:: -(-len(entries) // MOST_CHECKED)])
     return index
+
+
+def _check_files(folder: Path, entry: ShardEntry) -> None:
+    _check_size(folder / entry.name, entry.bytes)
+    if not (folder / entry.sidecar).is_file():
+        raise ShardError(f"{folder / entry.sidecar}: missing; write the shard anew or restore it")
 
 
 def _entry_from_json(data: Any, where: str) -> ShardEntry:
@@ -206,6 +203,9 @@ def _entry_from_json(data: Any, where: str) -> ShardEntry:
     )
     if not _SHARD_NAME.fullmatch(entry.name):
         raise ShardError(f"{where}: key 'name': {entry.name[:100]!r} is not a plain name that ends in .tar")
+    for key, value in (("sha256", entry.sha256), ("samples_sha256", entry.samples_sha256)):
+        if not _SHA256.fullmatch(value):
+            raise ShardError(f"{where}: key {key!r}: {value[:100]!r} is no SHA-256 in 64 hexadecimal digits")
     if entry.samples < 1 or entry.samples != sum(entry.tasks.values()):
         raise ShardError(f"{where}: key 'samples': {entry.samples} is not the sum over 'tasks'")
     return entry
