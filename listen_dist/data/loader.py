@@ -83,10 +83,10 @@ class BatchReader(Dataset[Batch]):
         if len(target) > config.max_target_tokens:
             raise ShardError(f"target of {len(target)} tokens is above data.max_target_tokens = "
                              f"{config.max_target_tokens}")
-        seconds = float(index.shard_table(ref.shard).seconds[ref.row])
-        if seconds > config.max_seconds:  # decoding refuses a long clip, stored features know no length
-            raise ShardError(f"clip of {seconds:.1f} s is above data.max_seconds = {config.max_seconds}")
         if sample.features is not None:
+            seconds = float(index.shard_table(ref.shard).seconds[ref.row])
+            if seconds > config.max_seconds:  # decoding refuses a long clip, stored features know no length
+                raise ShardError(f"clip of {seconds:.1f} s is above data.max_seconds = {config.max_seconds}")
             audio = torch.from_numpy(sample.features.copy())
         else:
             assert sample.waveform is not None

@@ -45,8 +45,9 @@ class TokenCost:
 def costs_of(refs: Sequence[SampleRef], indexes: Sequence[ShardIndex], cost: TokenCost) -> np.ndarray:
     """Estimated LLM tokens [refs] of each sample."""
     seconds, characters = np.empty(len(refs)), np.empty(len(refs))
+    tables = {place: indexes[place[0]].shard_table(place[1]) for place in {(ref.set, ref.shard) for ref in refs}}
     for i, ref in enumerate(refs):
-        table = indexes[ref.set].shard_table(ref.shard)
+        table = tables[ref.set, ref.shard]
         seconds[i], characters[i] = table.seconds[ref.row], table.text_chars[ref.row]
     return cost(seconds, characters)
 
