@@ -5,9 +5,9 @@
     python tools/bench_data.py --scale 100000                              # start and resume of a made-up index
     python tools/bench_data.py --memory 50000                              # resident memory over so many batches
 
-The sets are those of `data.train`, without stored features. Four pipelines take turns on the same clips, in one
-process on one thread; the figures are medians over the rounds, in processor time, so that a busy machine changes
-them little:
+The sets are those of `data.train`, without stored features. Four pipelines take turns on the same clips (as many as
+`--clips`, drawn from the sets in the config's shares and written as shards of their own), in one process on one
+thread; the figures are medians over the rounds, in processor time, so that a busy machine changes them little:
 
     full         ours: plan, read, decode, log-mel, text, collate
     floor        what can't be left out: the tars read in sequence, FLAC decoded, log-mel
@@ -52,7 +52,7 @@ from listen_dist.data.manifest import record_from_json
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.schedule import TokenCost, plan_batches
 from listen_dist.data.shard_entries import ShardEntry
-from listen_dist.data.shard_writer import WrittenShard, write_index
+from listen_dist.data.shard_writer import WrittenShard, shard_name, write_index, write_shard
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.engine.meter import imbalance
@@ -89,20 +89,34 @@ class Stages:
         """As the trainer has it, for a projector whose windows are `projector.window` seconds."""
         frame = self.text.frame
         frames = max(1, round(self.config.projector.window * ENCODER_RATE))
-        return TokenCost(self.config.pool.k_max + len(frame.bos) + len(frame.before) + 2, ENCODER_RATE / frames)
+        fixed = self.config.pool.k_max + len(frame.bos) + len(frame.before) + self.text.fixed_after + 1
+        return TokenCost(fixed, ENCODER_RATE / frames)
 
     def tars(self) -> list[str]:
         return [str(index.folder / entry.name) for index in self.indexes for entry in index.shards]
 
-    def steps(self, per_step: int = 1, start: LoaderState = LoaderState()  # noqa: B008
-              ) -> Iterator[tuple[list[Batch], LoaderState]]:
-        """Our pipeline; the sets in proportion to their size, so that it reads what the others read."""
-        config = self.config
-        reader = BatchReader(self.indexes, self.log_mel, self.text, config.data, with_targets=True)
-        sets = [replace(entry, weight=float(index.samples)) for entry, index in
-                zip(config.data.train, self.indexes, strict=True)]
-        return training_steps(reader, Mixture(self.indexes, sets, config.train.seed), self.cost(), config.data,
-                              config.train.seed, per_step, 0, 1, start)
+    def mixture(self) -> Mixture:
+        return Mixture(self.indexes, self.config.data.train, self.config.train.seed, self.config.data.temperature)
+
+    def steps(self, per_step: int = 1) -> Iterator[tuple[list[Batch], LoaderState]]:
+        """Our pipeline, as if all ranks were one."""
+        data, seed = self.config.data, self.config.train.seed
+        reader = BatchReader(self.indexes, self.log_mel, self.text, data, with_targets=True)
+        return training_steps(reader, self.mixture(), self.cost(), data, seed, per_step, 0, 1, LoaderState())
+
+    def narrowed(self, clips: int, folder: Path) -> Stages:
+        """The same over a set of its own of so many clips, drawn as training draws them."""
+        refs = self.mixture().window(0, clips)
+        samples = []
+        for number, ref in enumerate(refs):
+            sample = self.indexes[ref.set].read_sample(ref.shard, ref.row)
+            # A small set comes again; in one shard set an id may not.
+            samples.append(replace(sample, record=replace(sample.record, id=f"{number}-{sample.record.id}")))
+        shards = [write_shard(folder / shard_name(start // 100), samples[start : start + 100])
+                  for start in range(0, clips, 100)]
+        write_index(folder, [shard for shard in shards if shard], 0, None)
+        data = replace(self.config.data, train=[configuration.SetConfig(str(folder))])
+        return replace(self, config=replace(self.config, data=data), indexes=[ShardIndex.load(folder)])
 
 
 # --- four pipelines: each yields seconds of audio and clips, a batch at a time --------------------------
@@ -161,10 +175,11 @@ def unpack(stages: Stages, folder: Path) -> None:
 
 def measure_speed(stages: Stages, rounds: int, clips: int) -> list[dict[str, float | str]]:
     """One row a pipeline; they take turns, `clips` clips a turn."""
-    with tempfile.TemporaryDirectory() as name:
-        unpack(stages, Path(name))
+    with tempfile.TemporaryDirectory() as shards, tempfile.TemporaryDirectory() as loose:
+        stages = stages.narrowed(clips, Path(shards))
+        unpack(stages, Path(loose))
         streams = {"full": full(stages), "floor": floor(stages), "webdataset": plain_webdataset(stages),
-                   "loose files": loose_files(stages, Path(name))}
+                   "loose files": loose_files(stages, Path(loose))}
         sizes: dict[str, list[tuple[float, float, float]]] = {key: [] for key in streams}
         for turn in range(rounds + 1):
             for key, stream in streams.items():
@@ -196,23 +211,21 @@ def _row(name: str, measured: list[tuple[float, float, float]], bytes_a_second: 
 
 def measure_balance(stages: Stages, ranks: int, steps: int) -> dict[str, float]:
     """Padding share and token imbalance over ranks, from the true numbers of tokens of the config's own mixture."""
-    config = stages.config
-    mixture = Mixture(stages.indexes, config.data.train, config.train.seed, config.data.temperature)
-    reader = BatchReader(stages.indexes, stages.log_mel, stages.text, config.data, with_targets=True)
     cost, real, padded = stages.cost(), [], 0
-    plan = training_steps(reader, mixture, cost, config.data, config.train.seed, ranks, 0, 1, LoaderState())
-    for batches, _ in itertools.islice(plan, steps):
-        rows = [_tokens(batch, cost) for batch in batches]
+    for batches, _ in itertools.islice(stages.steps(ranks), steps):
+        rows = [_tokens(batch, stages, cost.audio_tokens_per_second) for batch in batches]
         real.append([float(row.sum()) for row in rows])
         padded += sum(int(row.max()) * len(row) for row in rows)
     table = torch.tensor(real).T  # [ranks, steps]
     return {"padding_share": 1 - float(table.sum()) / padded, "token_imbalance": imbalance(table)}
 
 
-def _tokens(batch: Batch, cost: TokenCost) -> np.ndarray:
-    audio = np.ceil(np.array(batch.seconds) * cost.audio_tokens_per_second)
-    text = [len(after) + len(target) - 2 for after, target in zip(batch.after_ids, batch.target_ids, strict=True)]
-    return cost.fixed + audio + np.array(text)
+def _tokens(batch: Batch, stages: Stages, audio_rate: float) -> np.ndarray:
+    """True numbers of tokens of the LLM's input, a row each."""
+    fixed = stages.config.pool.k_max + len(stages.text.frame.bos) + len(stages.text.frame.before)
+    audio = np.ceil(np.array(batch.seconds) * audio_rate)
+    text = [len(after) + len(target) for after, target in zip(batch.after_ids, batch.target_ids, strict=True)]
+    return fixed + audio + np.array(text)
 
 
 # --- scale -------------------------------------------------------------------------------------------------
@@ -244,7 +257,8 @@ def measure_scale(shards: int, rows: int) -> dict[str, float]:
     """Start, resume and cost of a step for a made-up index of so many shards."""
     with tempfile.TemporaryDirectory() as name:
         # In another process, whose memory is not ours.
-        writer = multiprocessing.get_context("fork").Process(target=write_made_up_index, args=(Path(name), shards, rows))
+        writer = multiprocessing.get_context("fork").Process(
+            target=write_made_up_index, args=(Path(name), shards, rows))
         writer.start()
         writer.join()
         before_load = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -298,7 +312,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each pipeline (default 5)")
-    parser.add_argument("--clips", type=int, default=500, help="clips a turn (default 500)")
+    parser.add_argument("--clips", type=int, default=1000, help="clips a turn (default 1000)")
     parser.add_argument("--ranks", type=int, default=2, help="for the balance (default 2)")
     parser.add_argument("--scale", type=int, metavar="SHARDS", help="instead: a made-up index of so many shards")
     parser.add_argument("--rows", type=int, default=1000, help="samples a made-up shard (default 1000)")

@@ -33,7 +33,7 @@ class TokenCost:
     """How many LLM tokens a sample takes, estimated from what the index knows."""
 
     fixed: int
-    """Prompts, BOS and the text before the audio."""
+    """Prompts, BOS, the text before the audio, what follows it besides the instruction, and EOS."""
     audio_tokens_per_second: float
     characters_per_token: float = 3.5
 

@@ -8,7 +8,6 @@ from listen_dist.config import ModelConfig
 from listen_dist.structures import Record, TextFrame
 from listen_dist.tasks import instruction_for
 
-
 KNOWN_TEXTS = 1000
 """Instructions whose token ids are kept."""
 
@@ -26,6 +25,11 @@ class TextEncoder:
         has_own_bos = bool(before) and before[0] == bos
         self.frame = TextFrame(bos=() if bos is None or has_own_bos else (bos,), before=tuple(before), eos=eos,
                                pad=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+    @property
+    def fixed_after(self) -> int:
+        """Tokens between audio and target that are there with any instruction."""
+        return len(self._ids(self._after.replace("{instruction}", "")))
 
     def after_ids(self, record: Record) -> list[int]:
         """The text between the audio and the target: the template with this record's instruction."""

@@ -65,7 +65,7 @@ class Parts:
     def token_cost(self, k: int) -> TokenCost:
         """Tokens that a clip takes in the LLM with k prompts."""
         frame = self.text.frame
-        return TokenCost(k + len(frame.bos) + len(frame.before) + 2,
+        return TokenCost(k + len(frame.bos) + len(frame.before) + self.text.fixed_after + 1,
                          ENCODER_RATE / self.model.projector.window_frames)
 
 

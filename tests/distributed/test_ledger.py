@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from subprocess import Popen
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -21,7 +22,7 @@ from listen_dist.engine import checkpoint
 from tests import launching, tiny
 
 KILLS = int(os.environ.get("LEDGER_KILLS", "3"))
-SHAPES = [(2, 0), (1, 2), (3, 0), (2, 2), (1, 0), (3, 2)]
+SHAPES = [(2, 0), (1, 2), (3, 0), (1, 0), (2, 2), (3, 2)]
 """Ranks and workers a rank, in turns."""
 CLIPS = 80
 
@@ -54,8 +55,11 @@ def kill_one(ranks: list[Popen[bytes]], run: Path, draw: random.Random, number: 
         time.sleep(draw.uniform(0, 0.4))
         victim = draw.choice(ranks)
         assert victim.poll() is None
+        loaders = psutil.Process(victim.pid).children(recursive=True)
         victim.kill()
         victim.wait(10)
+        _, orphans = psutil.wait_procs(loaders, timeout=60)
+        assert not orphans, "loader processes outlive their rank"
     finally:
         for process in ranks:
             launching.kill_tree(process)
