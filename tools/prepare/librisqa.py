@@ -65,7 +65,7 @@ def read_part(options: argparse.Namespace, part: int) -> dict[str, list[Record]]
     unusable = []
     for split, subset in FILES.items():
         path = options.folder / f"LibriSQA-{PARTS[part]}" / f"LibriSQA-{PARTS[part]}-{split}.json"
-        require(path, f"download https://huggingface.co/datasets/ZihanZhao/LibriSQA into {options.folder}")
+        require(path, f"get https://huggingface.co/datasets/ZihanZhao/LibriSQA into {options.folder}")
         asked: Counter[str] = Counter()
         for place, entry in _entries(path, KEYS[part]):
             found = _UTTERANCE.fullmatch(Path(entry["speech_path"]).stem)

@@ -11,7 +11,7 @@ them) into the same folder, and put the list of trial pairs beside:
 
 Written: voxceleb1.{train,dev,test}.jsonl. Test is the official trial list, in its order (veri_test2.txt is the
 cleaned one of 37,611 trials). Training pairs are drawn from the other speakers: each clip drawn is paired once with
-the same speaker, in another video where there is one, and once with another speaker, so that nothing but the voices
+the same speaker in another video, and once with another speaker, so that nothing but the voices
 tells the answer. One in 30 of these speakers is held out for dev. Which pairs: a function of the clips' names and
 --seed alone. The answers are yes and no. Pairs longer than shard_dataset.py's --max-seconds are skipped there.
 """
@@ -19,6 +19,7 @@ tells the answer. One in 30 of these speakers is held out for dev. Which pairs: 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -107,16 +108,17 @@ def draw_pairs(clips: dict[str, list[str]], count: int, seed: int) -> list[Pair]
     """
     found: list[Pair] = []
     seen: set[frozenset[str]] = set()
-    speakers = sorted(clips)
-    everything = sorted(clip for group in clips.values() for clip in group)
-    for lap in range(count):
+    groups = {speaker: sorted(clips[speaker]) for speaker in sorted(clips) if clips[speaker]}
+    speakers = list(groups)
+    everything = [clip for group in groups.values() for clip in group]
+    for lap in range(count if len(groups) > 1 else 0):
         before = len(found)
         for clip in drawn(everything, f"{seed}/{lap}"):
             if len(found) + 2 > count:
                 return found
             salt = f"{seed}/{lap}/{clip}"
-            same = _unseen(_others_of_speaker(clip, clips), clip, seen, f"{salt}/yes")
-            other = _unseen(_of_other_speaker(clip, speakers, clips, salt), clip, seen, f"{salt}/no")
+            same = _partner(clip, groups[_speaker(clip)], seen, f"{salt}/yes")
+            other = _partner(clip, groups[_other_speaker(clip, speakers, salt)], seen, f"{salt}/no")
             if same and other:
                 seen |= {frozenset((clip, same)), frozenset((clip, other))}
                 found += [(clip, same, "yes"), (clip, other, "no")]
@@ -125,24 +127,23 @@ def draw_pairs(clips: dict[str, list[str]], count: int, seed: int) -> list[Pair]
     return found
 
 
-def _others_of_speaker(clip: str, clips: dict[str, list[str]]) -> list[str]:
-    """Return the speaker's clips from other videos, or from this one where there is no other."""
-    speaker, video, _ = clip.split("/")
-    others = [other for other in clips[speaker] if other != clip]
-    return [other for other in others if other.split("/")[1] != video] or others
+def _speaker(clip: str) -> str:
+    return clip.split("/", 1)[0]
 
 
-def _of_other_speaker(clip: str, speakers: list[str], clips: dict[str, list[str]], salt: str) -> list[str]:
-    """Return the clips of one drawn other speaker."""
-    others = [speaker for speaker in speakers if speaker != clip.split("/")[0]]
-    return clips[others[digest(f"{salt}/who") % len(others)]] if others else []
+def _other_speaker(clip: str, speakers: list[str], salt: str) -> str:
+    """Draw one of the other speakers; `speakers` are sorted."""
+    own = bisect_left(speakers, _speaker(clip))
+    step = 1 + digest(f"{salt}/who") % (len(speakers) - 1)
+    return speakers[(own + step) % len(speakers)]
 
 
-def _unseen(options: list[str], clip: str, seen: set[frozenset[str]], salt: str) -> str | None:
-    """Return the first option, from a drawn place on, that makes a new pair with `clip`."""
-    start = digest(salt) % len(options) if options else 0
+def _partner(clip: str, options: list[str], seen: set[frozenset[str]], salt: str) -> str | None:
+    """Return the first option, from a drawn place on, of another video that makes a new pair with `clip`."""
+    video = clip.rpartition("/")[0] + "/"
+    start = digest(salt) % len(options)
     turned = options[start:] + options[:start]
-    return next((option for option in turned if frozenset((clip, option)) not in seen), None)
+    return next((o for o in turned if not o.startswith(video) and frozenset((clip, o)) not in seen), None)
 
 
 def _record(wav: Path, pair: Pair, split: str, prefix: str = "") -> Record:
