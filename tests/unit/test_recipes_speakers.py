@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from listen_dist.structures import Record
+from listen_dist.tasks import choices_for
 from tests.recipes import TOOLS, Damage, edit, error_of, lines, remove, run_recipe, sound
 
 sys.path.insert(0, str(TOOLS / "prepare"))
@@ -73,6 +74,7 @@ def test_iemocap_record_by_record(iemocap: Path, tmp_path: Path, capsys: pytest.
         ("F004", "ang", "angry", "Ses02_F"),
         ("F006", "sad", "sad", "Ses02_F"),
     ]
+    assert {choices_for(record) for record in test} == {("angry", "happy", "sad", "neutral")}
     dev = manifests["iemocap_fold2.dev"]
     assert [record.meta["session"] for record in dev] == [3] * 10
     assert dev[5].audio[0].endswith("/Session3/sentences/wav/Ses03M_script01_1b/Ses03M_script01_1b_F000.wav")
@@ -166,6 +168,7 @@ def test_voxceleb_trials_record_by_record(voxceleb: Path, tmp_path: Path) -> Non
         meta={"choices": ["yes", "no"]},
     )
     assert [record.target for record in test] == ["yes", "no", "no", "yes"], "every trial, in the list's order"
+    assert {choices_for(record) for record in test} == {("yes", "no")}
     assert test[2].speaker == "id10270+id10309"
     assert test[2].audio[0].endswith("/id10309/-0AbC_dE1fg/00002.wav")
 

@@ -16,6 +16,7 @@ import pytest
 
 from listen_dist.data.shards import ShardIndex
 from listen_dist.structures import Record
+from listen_dist.tasks import choices_for
 from tests.recipes import TOOLS, Damage, edit, error_of, lines, remove, run_recipe, sound
 
 SUBSETS = ("train-clean-100", "dev-clean", "test-clean")
@@ -217,6 +218,7 @@ def test_librisqa_record_by_record(librisqa: Path, tmp_path: Path, capsys: pytes
         "choices": ["A", "B", "C", "D"],
         "options": ["A farmhouse.", "A hunting lodge.", "A textile factory.", "A barn for grain."],
     }
+    assert (choices_for(first), choices_for(lettered)) == ((), ("A", "B", "C", "D")), "free text; a closed set"
     assert [(r.target, r.split) for r in manifests["librisqa2.dev"]] == [("C", "dev")]
     assert [(r.target, r.audio[0]) for r in manifests["librisqa2.test"]] == [
         ("A", str(speech / "test-clean/1089/134686/1089-134686-0000.flac"))

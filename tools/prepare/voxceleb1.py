@@ -13,7 +13,7 @@ Written: voxceleb1.{train,dev,test}.jsonl. Test is the official trial list, in i
 cleaned one of 37,611 trials). Training pairs are drawn from the other speakers: each clip drawn is paired once with
 the same speaker in another video, and once with another speaker, so that nothing but the voices
 tells the answer. One in 30 of these speakers is held out for dev. Which pairs: a function of the clips' names and
---seed alone. The answers are yes and no. Pairs longer than shard_dataset.py's --max-seconds are skipped there.
+--seed alone. The answers are yes and no. Pairs over 30 s are skipped, counted and named by shard_dataset.py.
 """
 
 from __future__ import annotations
