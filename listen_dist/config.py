@@ -57,7 +57,7 @@ class ProjectorConfig:
     """Attention heads of the Q-Former."""
     start: Literal["random", "least_squares"] = "random"
     """`least_squares`: solve the last layer once, before the first step, so that a window comes out
-    near the embedding of the target token spoken about then (see engine/warm_start.py)."""
+    near the embedding of the target token spoken then, or of the whole answer (see engine/warm_start.py)."""
     freeze: bool = False
     """Leave only the pool to learn; give `init_from` with it."""
     init_from: str | None = None
