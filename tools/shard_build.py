@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from listen_dist.data.decode import AudioError, decode_audio, join_utterances, probe_seconds
-from listen_dist.data.manifest import ManifestError, atomic_file, read_manifest, record_to_dict
+from listen_dist.data.manifest import ManifestError, atomic_file, file_sha256, read_manifest, record_to_dict
 from listen_dist.data.shard_writer import WrittenShard, shard_name, write_index, write_shard
 from listen_dist.data.shards import (
     FORMAT_VERSION,
@@ -27,7 +27,6 @@ from listen_dist.data.shards import (
     ShardEntry,
     ShardError,
     ShardIndex,
-    file_sha256,
 )
 from listen_dist.structures import ENCODER_RATE, SAMPLE_RATE, AudioSample, Record, SkippedSample
 
