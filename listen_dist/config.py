@@ -387,7 +387,7 @@ def set_addresses(path: str, key: str = "path") -> list[str]:
     """
     try:
         addresses = list(braceexpand.braceexpand(path, escape=False))
-    except braceexpand.UnbalancedBracesError:
+    except ValueError:
         raise ConfigError(f"{key} = {path!r}: a brace without its pair") from None
     _require(len(set(addresses)) == len(addresses), key, path, "names a folder twice")
     for address in addresses:

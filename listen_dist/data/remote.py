@@ -84,7 +84,7 @@ class RemoteFolder(ABC):
             _Fault, ShardError, SourceError
         """
 
-    def check(self, name: str, size: int | None) -> None:
+    def check(self, name: str, size: int | None) -> None:  # noqa: B027
         """Asking for every file at start would take a request each; reading one tells."""
 
     def stream(self, name: str, start: int, end: int | None, total: int | None) -> Iterator[bytes]:

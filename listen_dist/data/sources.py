@@ -28,6 +28,8 @@ class Folder(Protocol):
     A `ShardError` of these methods does not name the file: that is left to the caller.
     """
 
+    def __hash__(self) -> int: ...
+
     def __truediv__(self, name: str) -> object:
         """Where a file lies, for messages."""
 
