@@ -21,7 +21,7 @@ from tests.launching import ROOT, free_port
 
 sys.path.insert(0, str(ROOT / "tools/prepare"))
 
-from debian_packages import PrepareError, fetch_files  # noqa: E402
+from debian_packages import PrepareError, fetch_files
 
 _CONFIG = """
 daemon off; master_process off; pid {run}/pid; error_log {run}/error.log;
@@ -31,7 +31,7 @@ http {{
   access_log {run}/access.log plain;
   client_body_temp_path {run}/body; proxy_temp_path {run}/proxy; fastcgi_temp_path {run}/fastcgi;
   uwsgi_temp_path {run}/uwsgi; scgi_temp_path {run}/scgi;
-  limit_req_zone $server_name zone=busy:1m rate=2r/s;
+  limit_req_zone $binary_remote_addr zone=busy:1m rate=2r/s;
   server {{
     listen 127.0.0.1:{port}; root {root};
     location /slow/ {{ alias {root}/; limit_rate 64k; }}

@@ -105,12 +105,14 @@ class LocalFolder:
         """
         try:
             with (self.path / name).open("rb") as file:
-                content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+                size = os.fstat(file.fileno()).st_size
+                # As much as is there: a read reserves what it is asked for.
+                content = file.read(size) if size <= limit else None
         except FileNotFoundError:
             raise MissingFile("missing; write the shard anew or restore it") from None
         except OSError as error:
             raise ShardError(f"can't be read ({error.strerror}); write the shard anew or restore it") from None
-        if content is None or len(content) > limit:
+        if content is None:
             raise ShardError(f"longer than the {limit} bytes it may have")
         return content
 
