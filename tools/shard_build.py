@@ -248,7 +248,7 @@ def _saved_plan(out: Path, name: str) -> str | None:
 def _run_jobs(jobs: list[Job], workers: int) -> dict[tuple[Path, str], Done]:
     done: dict[tuple[Path, str], Done] = {}
     # What an earlier run finished comes first and is not counted as speed: the time left would be far too short.
-    for job in tqdm(jobs, desc="check finished shards", unit="shard", **_QUIET):
+    for job in tqdm(jobs, desc="check finished shards", unit="shard", leave=False, **_QUIET):
         if kept := _finished(job):
             done[job.folder, job.name] = kept
     left = [job for job in jobs if (job.folder, job.name) not in done]
