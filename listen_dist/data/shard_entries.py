@@ -8,6 +8,8 @@ from typing import overload
 
 import numpy as np
 
+from listen_dist.data.remote import PinnedFile
+
 
 @dataclass(frozen=True)
 class ShardEntry:
@@ -29,6 +31,11 @@ class ShardEntry:
     def sidecar(self) -> str:
         """Name of the file with the columns."""
         return self.name.removesuffix(".tar") + ".samples.json"
+
+    @property
+    def tar(self) -> PinnedFile:
+        """The shard as a file."""
+        return PinnedFile(self.name, self.bytes, self.sha256)
 
 
 class ShardEntries(Sequence[ShardEntry]):
