@@ -39,7 +39,8 @@ class Empty(Dataset[Batch]):
 
 def children() -> list[psutil.Process]:
     """The running loader processes (not Python's own tracker of shared resources)."""
-    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    running = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in running if "spawn_main" in " ".join(child.cmdline())]
 
 
 def endless(start: int) -> Iterator[Batch]:
