@@ -103,7 +103,7 @@ class Listen(nn.Module):
 
     def frames(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Encoder frames [B, F, E] and their true numbers [B]: stored ones, or from the frozen encoder."""
-        audio, lengths = batch.audio.to(self.device), batch.audio_lengths.to(self.device)
+        audio, lengths = (tensor.to(self.device, non_blocking=True) for tensor in (batch.audio, batch.audio_lengths))
         return (audio, lengths) if batch.is_features else self.encoder(audio, lengths)
 
     def _embed(self, texts: list[Sequence[int]]) -> list[torch.Tensor]:

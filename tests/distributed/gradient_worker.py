@@ -23,7 +23,7 @@ from listen_dist import config as configuration
 from listen_dist import dist
 from listen_dist.config import Config
 from listen_dist.data.loader import BatchReader, find_filler, training_steps
-from listen_dist.data.schedule import SampleRef
+from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.replicated import ReplicatedTrainables
@@ -71,8 +71,8 @@ def run(config: Config, out: Path) -> None:
     probed = probe(parts, reader)
     before = trainables(parts)
     per_step = config.train.batches_per_step
-    steps = training_steps(reader, [entry.weight for entry in config.data.train], parts.token_cost(config.pool.k_max),
-                           config.data, config.train.seed, per_step, dist.rank(), dist.world_size(), LoaderState())
+    steps = training_steps(reader, parts.mixture(reader), parts.token_cost(config.pool.k_max), config.data,
+                           config.train.seed, per_step, dist.rank(), dist.world_size(), LoaderState())
     notes = []
     for step in range(3):
         batches, _ = next(steps)
