@@ -1,4 +1,4 @@
-"""Loading never holds more than a rank's part of the LLM and one of its layers."""
+"""Loading never holds more than a rank's part of the LLM and a few of its layers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests import launching, tiny
 from tests.distributed.scenarios import LAYOUTS
 
 MIB = 2**20
-SLACK = 12 * MIB
-"""For what is not weights: DeepSpeed's and PyTorch's own records, gloo's buffers."""
+SLACK = 8 * MIB
+"""For what is not weights: DeepSpeed's and PyTorch's own records, the first forward."""
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -49,6 +49,7 @@ def test_memory_of_each_rank_while_it_loads(tiny_world: tiny.Tiny, tmp_path: Pat
             print(f"{name:<12} rank {rank}: keeps {found['held'] / MIB:6.1f}, most while loading "
                   f"{found['peak'] / MIB:6.1f}, afterwards {found['after'] / MIB:6.1f}")
             assert found["held"] == (whole if name == "replicated" else whole // 2)
-            assert found["peak"] <= found["held"] + 2 * piece + SLACK, "more than its part and a layer"
+            # The layer at hand, its copy to cut or to send, and (FSDP2) the one before it.
+            assert found["peak"] <= found["held"] + 3 * piece + SLACK, "more than its part and a few layers"
             assert found["dtype"] == "torch.bfloat16"
             assert found["logits"] == pytest.approx(expected, abs=0.02)
