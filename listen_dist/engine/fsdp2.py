@@ -14,12 +14,13 @@ from typing import cast
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from listen_dist import dist
 from listen_dist.models.llm import pieces
 
 
@@ -28,17 +29,18 @@ class Fsdp2:
 
     Args:
         dtype: of the shards.
-        group: the ranks that share one copy of the LLM.
+        group: the ranks that share one copy of the LLM; None: all.
     """
 
-    def __init__(self, dtype: torch.dtype, group: ProcessGroup) -> None:
+    def __init__(self, dtype: torch.dtype, group: ProcessGroup | None) -> None:
         self._dtype = dtype
         self._group = group
 
     def load(self, build: Callable[[], PreTrainedModel], device: torch.device) -> PreTrainedModel:
         """Read one piece after another and keep this rank's part of each."""
         llm = build()
-        mesh = DeviceMesh.from_group(self._group, device.type)
+        mesh = (init_device_mesh(device.type, (dist.world_size(),)) if self._group is None
+                else DeviceMesh.from_group(self._group, device.type))
         embedding, head = llm.get_input_embeddings(), llm.get_output_embeddings()
         tied = head.weight is embedding.weight
         if tied:
@@ -76,7 +78,7 @@ class Fsdp2:
         return sum(shard.numel() * shard.element_size() for shard in shards)
 
 
-def _project_with(embedding: nn.Module, head: nn.Module) -> None:
+def _project_with(embedding: nn.Embedding, head: nn.Linear) -> None:
     """Compute the head of tied weights as a second forward of the embedding's unit.
 
     A unit owns its weights, so that two units would hold the same ones twice.
@@ -84,6 +86,6 @@ def _project_with(embedding: nn.Module, head: nn.Module) -> None:
     def project(hidden: torch.Tensor) -> torch.Tensor:
         return functional.linear(hidden, embedding.weight, head.bias)
 
-    embedding.project = project
+    embedding.project = project  # type: ignore[assignment]
     register_fsdp_forward_method(embedding, "project")
-    head.forward = embedding.project
+    head.forward = embedding.project  # type: ignore[assignment, method-assign]

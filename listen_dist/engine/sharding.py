@@ -67,10 +67,8 @@ def sharding_for(config: Config) -> Sharding:
     parallel, dtype = config.parallel, DTYPES[config.model.dtype]
     if parallel.llm == "replicated":
         return Replicated(dtype)
-    if parallel.llm == "node" and dist.world_size() > 1:
-        group = dist.node_group(parallel.node_size)
-    else:
-        group = torch.distributed.group.WORLD
+    in_nodes = parallel.llm == "node" and dist.world_size() > 1
+    group = dist.node_group(parallel.node_size) if in_nodes else None
     if parallel.backend == "fsdp2":
         return Fsdp2(dtype, group)
     return Zero3(dtype, parallel.max_live_parameters, group)

@@ -76,9 +76,9 @@ def scenarios(folder: Path) -> list[Ranks]:
     return found
 
 
-CASES = scenarios(Path())
-each = pytest.mark.parametrize("case", range(len(CASES)), ids=map(str, CASES))
-"""Runs a test once for each scenario; it finds what the ranks wrote in `ranks[case]`."""
+EXACT = {i: str(one) for i, one in enumerate(scenarios(Path())) if one.dtype == "float32"}
+each = pytest.mark.parametrize("case", EXACT, ids=EXACT.values())
+"""Runs a test once for each scenario in float32; it finds what the ranks wrote in `ranks[case]`."""
 
 
 def alone(found: list[Ranks], one: Ranks) -> Ranks:
