@@ -54,8 +54,9 @@ def test_bfloat16_is_the_same_on_any_layout(ranks: list[Ranks], clips: dict[str,
         grads = [relative(grad, found.tensors("grads")[0][name]) for name, grad in one.tensors("grads")[0].items()]
         print(f"{found}: loss off by {errors[0]:.1e} from the plain process, by {max(errors[1:]):.1e} from one rank, "
               f"gradients by {max(grads):.1e}")
-        assert max(errors) <= 5e-3
-        assert max(grads) <= 1e-2
+        assert errors[0] <= 5e-3
+        assert max(errors[1:]) <= 1e-3  # after an update that differs in its last bits
+        assert max(grads) <= 1e-6
 
 
 def test_the_scenarios_are_what_they_claim(ranks: list[Ranks]) -> None:
