@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -25,10 +26,14 @@ def ranks(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> li
     """All scenarios, run once: one launch for each number of ranks, one process group for all layouts in it."""
     folder = tmp_path_factory.mktemp("ranks")
     found = scenarios(folder)
-    for world in MICRO_BATCHES:
-        launching.run_ranks(world, "tests.distributed.gradient_worker",
-                            [tiny_world.config_file, folder, *(one.words for one in found if one.world == world)],
-                            folder, seconds=900)
+
+    def launch(world: int) -> None:
+        words = (one.words for one in found if one.world == world)
+        launching.run_ranks(world, "tests.distributed.gradient_worker", [tiny_world.config_file, folder, *words],
+                            folder, seconds=1200)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(launch, MICRO_BATCHES))
     return found
 
 
