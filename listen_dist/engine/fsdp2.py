@@ -48,7 +48,7 @@ class Fsdp2:
         for piece in pieces(llm, self._dtype, device):
             fully_shard(piece, mesh=mesh, reshard_after_forward=True)
         if tied:
-            _project_with(embedding, head)
+            _project_with(cast(nn.Embedding, embedding), head)
         self._llm = llm
         # The first call decides which unit is the root, and training calls the embedding before the LLM.
         with torch.no_grad():
