@@ -207,10 +207,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    llm: Literal["full", "replicated"] = "full"
-    """`full`: the frozen LLM is sharded over all ranks (ZeRO-3). `replicated`: whole on each."""
+    llm: Literal["full", "node", "replicated"] = "full"
+    """`full`: the frozen LLM is sharded over all ranks. `node`: over the ranks of each node, so that no
+    weight crosses the network. `replicated`: whole on each."""
+    backend: Literal["deepspeed", "fsdp2"] = "deepspeed"
+    """What shards the LLM for `full` and `node`: DeepSpeed's ZeRO-3, or PyTorch's fully_shard."""
+    node_size: int = 0
+    """Ranks of one node, in the launcher's order, for `node`; 0: ranks with the same host name. Set it where
+    host names mislead (a container for each rank)."""
     max_live_parameters: int = 30_000_000
-    """Gathered LLM parameters held at once (ZeRO-3), beside the layer at work."""
+    """Gathered LLM parameters held at once (DeepSpeed), beside the layer at work."""
     timeout_minutes: float = 30.0
     """A collective that takes longer ends the run."""
 
@@ -379,7 +385,7 @@ AT_LEAST = {
     "train.batches_per_step": 0, "train.max_minutes": 0, "train.warmup_steps": 0, "train.weight_decay": 0,
     "train.clip_norm": 0, "train.min_learning_rate": 0, "data.batch_tokens": 32, "data.window": 1, "data.workers": 0,
     "data.max_target_tokens": 2, "data.max_bad_fraction": 0, "data.retries": 0,
-    "parallel.max_live_parameters": 0,
+    "parallel.max_live_parameters": 0, "parallel.node_size": 0,
     "data.augment.gain_db": 0, "data.augment.time_masks": 0, "data.augment.mel_masks": 0,
     "data.augment.time_mask_seconds": 0, "data.augment.mel_mask_bins": 0, "eval.beams": 1,
     "eval.batch_tokens": 32, "eval.limit": 0,
