@@ -163,7 +163,11 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    split: Literal["dev", "test"] = "test"
+    splits: list[str] = field(default_factory=lambda: ["test"])
+    """Which of data.dev and data.test to score. One: results.json; several: results.<split>.json each."""
+    llm: Literal["auto", "whole", "sharded"] = "auto"
+    """Under parallel.llm=full: gather the LLM on every rank for the time of decoding (several times faster),
+    or leave it sharded. `auto` gathers it where the planner finds room on every rank."""
     choices: Literal["likelihood", "generate"] = "likelihood"
     """Answers out of a closed set (`meta.choices`, or the task's own): the one that the LLM finds most
     likely, or whatever it generates. Where no set is known, answers are always generated."""
@@ -365,6 +369,13 @@ def check(config: Config) -> None:
         for i, entry in enumerate(getattr(data, split)):
             _require(bool(entry.path), f"data.{split}[{i}].path", entry.path, "must be set")
             _require(entry.weight > 0, f"data.{split}[{i}].weight", entry.weight, "must be positive")
+    splits = config.eval.splits
+    _require(bool(splits) and len(set(splits)) == len(splits) and set(splits) <= {"dev", "test"}, "eval.splits",
+             splits, "must be [dev], [test] or [dev,test]")
+    _require(config.eval.length_penalty == 1 or config.eval.beams > 1, "eval.length_penalty",
+             config.eval.length_penalty, "needs eval.beams above 1; greedy decoding compares no lengths")
+    _require(config.eval.repetition_penalty > 0, "eval.repetition_penalty", config.eval.repetition_penalty,
+             "must be positive (1: none)")
     _require(config.parallel.timeout_minutes > 0, "parallel.timeout_minutes", config.parallel.timeout_minutes,
              "must be positive")
 

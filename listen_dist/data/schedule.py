@@ -15,7 +15,7 @@ not depend on how many there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -163,13 +163,17 @@ def plan_batches(mixture: Mixture, cost: TokenCost, budget: float, window: int, 
         number, offset = number + 1, 0
 
 
-def plan_once(index: ShardIndex, cost: TokenCost, budget: float, limit: int = 0) -> list[list[SampleRef]]:
-    """Every sample of one set exactly once (or the first `limit`), longest first.
+def plan_once(index: ShardIndex, cost: TokenCost, budget: float, limit: int = 0, done: Set[str] = frozenset(),
+              ) -> list[list[SampleRef]]:
+    """Every sample of one set exactly once (or the first `limit`) but those that are done, longest first.
 
     Each batch holds one task, so that a one-word answer need not wait for a transcript.
     """
     refs = [SampleRef(0, shard, row) for shard, entry in enumerate(index.shards) for row in range(entry.samples)]
     refs = refs[:limit] if limit else refs
+    refs = [ref for ref in refs if index.shard_table(ref.shard).ids[ref.row] not in done]
+    if not refs:
+        return []
     costs = costs_of(refs, [index], cost)
     tasks = np.array([index.shard_table(ref.shard).tasks[ref.row] for ref in refs])
     by_length = np.argsort(-costs, kind="stable")
