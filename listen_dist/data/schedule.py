@@ -171,7 +171,8 @@ def plan_once(index: ShardIndex, cost: TokenCost, budget: float, limit: int = 0,
     """
     refs = [SampleRef(0, shard, row) for shard, entry in enumerate(index.shards) for row in range(entry.samples)]
     refs = refs[:limit] if limit else refs
-    refs = [ref for ref in refs if index.shard_table(ref.shard).ids[ref.row] not in done]
+    if done:
+        refs = [ref for ref in refs if index.shard_table(ref.shard).ids[ref.row] not in done]
     if not refs:
         return []
     costs = costs_of(refs, [index], cost)

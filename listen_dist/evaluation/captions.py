@@ -26,6 +26,7 @@ TOKENIZERS = {"cider_d": "Whisper's basic normalisation, split at spaces",
               "rouge_l": "Whisper's basic normalisation, split at spaces",
               "cider_d_ptb": "PTB", "meteor": "PTB", "spice": "PTB", "spider": "PTB"}
 WITH_JAVA = ("cider_d_ptb", "meteor", "spice", "spider")
+FAILURES = (OSError, RuntimeError, ValueError, subprocess.SubprocessError)
 _JARS = {"aac-metrics/stanford_nlp/stanford-corenlp-3.4.1.jar": "tokenizer/stanford-corenlp-3.4.1.jar",
          "aac-metrics/meteor/meteor-1.5.jar": "meteor/meteor-1.5.jar",
          "aac-metrics/meteor/data": "meteor/data"}
@@ -63,19 +64,27 @@ def caption_figures(hypotheses: Sequence[str], references: Sequence[Sequence[str
 def _add_java_figures(figures: dict[str, Figure], left_out: dict[str, str], hypotheses: Sequence[str],
                       references: Sequence[Sequence[str]], tools: Path | str) -> None:
     from aac_metrics.functional import cider_d, meteor, spice
+    from aac_metrics.utils import checks
     from aac_metrics.utils.tokenization import preprocess_mono_sents, preprocess_mult_sents
 
+    # It refuses newer versions beforehand; the tokenizer and METEOR run on them (see the tests), and what
+    # does not run says so.
+    checks.MAX_JAVA_MAJOR_VERSION = 99
     if isinstance(tools, str):
         left_out.update(dict.fromkeys(WITH_JAVA, f"not computed, because {tools}"))
         return
-    said = preprocess_mono_sents([_line(text) for text in hypotheses], cache_path=tools)
-    meant = preprocess_mult_sents([[_line(text) for text in row] for row in references], cache_path=tools)
+    try:
+        said = preprocess_mono_sents([_line(text) for text in hypotheses], cache_path=tools)
+        meant = preprocess_mult_sents([[_line(text) for text in row] for row in references], cache_path=tools)
+    except FAILURES as error:
+        left_out.update(dict.fromkeys(WITH_JAVA, _reason("the tokenizer failed: ", error)))
+        return
 
     def attempt(name: str, score: Callable[[], Figure]) -> None:
         try:
             figures[name] = score()
-        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-            left_out[name] = f"not computed, because {str(error).splitlines()[0]}"
+        except FAILURES as error:
+            left_out[name] = _reason("", error)
 
     def meteor_figure() -> Figure:
         corpus, clips = meteor(said, meant, cache_path=tools)
@@ -113,6 +122,11 @@ def java_tools() -> Iterator[Path | str]:
                 (Path(folder) / wanted).parent.mkdir(parents=True, exist_ok=True)
                 (Path(folder) / wanted).symlink_to(inside / there)
             yield Path(folder)
+
+
+def _reason(where: str, error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"not computed, because {where}{first}"
 
 
 def _line(text: str) -> str:
