@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import braceexpand
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -57,7 +58,7 @@ class ProjectorConfig:
     """Attention heads of the Q-Former."""
     start: Literal["random", "least_squares"] = "random"
     """`least_squares`: solve the last layer once, before the first step, so that a window comes out
-    near the embedding of the target token spoken about then (see engine/warm_start.py)."""
+    near the embedding of the target token spoken then, or of the whole answer (see engine/warm_start.py)."""
     freeze: bool = False
     """Leave only the pool to learn; give `init_from` with it."""
     init_from: str | None = None
@@ -93,7 +94,8 @@ class PoolConfig:
 @dataclass(frozen=True)
 class SetConfig:
     path: str = ""
-    """Folder of shards with an index.json (see tools/shard_dataset.py)."""
+    """Folder of shards with an index.json (see tools/shard_dataset.py): a path, or an address that begins with
+    http://, https://, s3:// or gs://. Braces name several that are read as one set: `part-{00..07}`, `{a,b}`."""
     weight: float = 1.0
     """Share of this set among the samples drawn, relative to the other sets' weights."""
 
@@ -117,6 +119,15 @@ class DataConfig:
     """Loader processes a rank; 0: read in the training process."""
     stored_features: bool = True
     """Use the encoder output stored in the shards where they hold it (no encoder run)."""
+    cache_dir: str = ""
+    """Folder on this node's disk that keeps whole shards of sets read over the network; empty: no cache,
+    each sample is fetched by itself. All processes of a node share it."""
+    cache_gib: float = 100.0
+    """Size limit of the cache (GiB); the shards used longest ago make room for new ones."""
+    timeout_seconds: float = 30.0
+    """A network source that sends nothing for so long has failed once."""
+    retries: int = 8
+    """Failures in a row, each after a longer pause (0.5 s to 30 s), before a network source ends the run."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,10 @@ class TrainConfig:
     save_every: int = 200
     keep: int = 2
     """Checkpoints kept (the newest ones)."""
+    eval_every: int = 0
+    """Steps between two small evaluations of data.dev, which pick the best checkpoints; 0: none."""
+    eval_limit: int = 32
+    """Samples of each dev set in them; 0: all."""
     checksum_every: int = 100
     """Steps between two proofs that all ranks hold the same trainables."""
     resume: Literal["auto", "never"] = "auto"
@@ -178,7 +193,7 @@ class EvalConfig:
     batch_tokens: int = 2048
     """Budget of LLM input tokens of one decoding batch."""
     limit: int = 0
-    """Decode only the first so many samples of each set; 0: all."""
+    """Decode only so many samples of each set, evenly spread over it; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -326,9 +341,10 @@ def _differences(a: Any, b: Any, prefix: str) -> list[str]:
 AT_LEAST = {
     "pool.prompts": 1, "projector.window": 0.02, "projector.hidden": 1, "projector.layers": 1, "projector.heads": 1,
     "train.max_steps": 1, "train.log_every": 1, "train.save_every": 1, "train.keep": 1, "train.checksum_every": 1,
-    "train.batches_per_step": 0, "train.max_minutes": 0, "train.warmup_steps": 0, "train.weight_decay": 0,
+    "train.eval_every": 0, "train.eval_limit": 0, "train.batches_per_step": 0, "train.max_minutes": 0,
+    "train.warmup_steps": 0, "train.weight_decay": 0,
     "train.clip_norm": 0, "train.min_learning_rate": 0, "data.batch_tokens": 32, "data.window": 1, "data.workers": 0,
-    "data.max_target_tokens": 2, "data.max_bad_fraction": 0, "parallel.max_live_parameters": 0,
+    "data.max_target_tokens": 2, "data.max_bad_fraction": 0, "data.retries": 0, "parallel.max_live_parameters": 0,
     "eval.beams": 1, "eval.batch_tokens": 32, "eval.limit": 0,
 }
 """Smallest values (a projector window: one frame; a target: one token and EOS)."""
@@ -363,11 +379,13 @@ def check(config: Config) -> None:
     _require(train.learning_rate > 0, "train.learning_rate", train.learning_rate, "must be positive")
     _require(train.min_learning_rate <= train.learning_rate, "train.min_learning_rate", train.min_learning_rate,
              f"is above train.learning_rate = {train.learning_rate}")
+    _require(train.eval_every == 0 or bool(data.dev), "train.eval_every", train.eval_every, "needs sets in data.dev")
     _require(0 < data.max_seconds <= 30, "data.max_seconds", data.max_seconds,
              "must be within the encoder's window of 30 s")
     for split in ("train", "dev", "test"):
         for i, entry in enumerate(getattr(data, split)):
             _require(bool(entry.path), f"data.{split}[{i}].path", entry.path, "must be set")
+            set_addresses(entry.path, f"data.{split}[{i}].path")
             _require(entry.weight > 0, f"data.{split}[{i}].weight", entry.weight, "must be positive")
     splits = config.eval.splits
     _require(bool(splits) and len(set(splits)) == len(splits) and set(splits) <= {"dev", "test"}, "eval.splits",
@@ -376,8 +394,32 @@ def check(config: Config) -> None:
              config.eval.length_penalty, "needs eval.beams above 1; greedy decoding compares no lengths")
     _require(config.eval.repetition_penalty > 0, "eval.repetition_penalty", config.eval.repetition_penalty,
              "must be positive (1: none)")
+    _require(data.cache_gib > 0, "data.cache_gib", data.cache_gib, "must be positive")
+    _require(data.timeout_seconds > 0, "data.timeout_seconds", data.timeout_seconds, "must be positive")
     _require(config.parallel.timeout_minutes > 0, "parallel.timeout_minutes", config.parallel.timeout_minutes,
              "must be positive")
+
+
+def set_addresses(path: str, key: str = "path") -> list[str]:
+    """The folders that a set's path names: braces expanded, in that order.
+
+    Raises:
+        ConfigError: naming `key`, where an address is none that we read.
+    """
+    try:
+        addresses = list(braceexpand.braceexpand(path, escape=False))
+    except ValueError:
+        raise ConfigError(f"{key} = {path!r}: a brace without its pair") from None
+    _require(len(set(addresses)) == len(addresses), key, path, "names a folder twice")
+    for address in addresses:
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", address)
+        if scheme:
+            _require(re.match(r"(https?|s3|gs)://[^/]", address) is not None, key, path,
+                     f"{scheme[0]!r} is no source; give a folder, or an address that begins with http://, https://, "
+                     "s3:// or gs:// (a folder whose name holds a colon: ./name)")
+            _require(re.search(r"[@?#]", address) is None, key, path, "an address holds no password (those belong "
+                     "into ~/.netrc or the store's environment), no '?' and no '#'")
+    return addresses
 
 
 def _require(holds: bool, key: str, value: object, what: str) -> None:

@@ -55,8 +55,6 @@ def sets_of(config: Config, split: str) -> list[SetConfig]:
     sets: list[SetConfig] = getattr(config.data, split)
     if not sets:
         raise ConfigError(f"data.{split}: no set to evaluate; name one, or another in eval.splits")
-    if len({Path(entry.path).resolve() for entry in sets}) < len(sets):
-        raise ConfigError(f"data.{split}: names a set twice, whose samples would count twice; name it once")
     return sets
 
 
@@ -72,7 +70,7 @@ def decode_split(decoder: Decoder, sets: Sequence[SetConfig], header: dict[str, 
     skipped: list[SkippedSample] = []
     for entry in sets:
         reader = decoder.parts.reader([entry], with_targets=False)
-        decoded, unread = decoder.decode_set(reader, done.get(str(reader.indexes[0].folder), []), file)
+        decoded, unread = decoder.decode_set(reader, done.get(reader.indexes[0].fingerprint, []), file)
         predictions += decoded
         skipped += unread
     file.close()
@@ -121,8 +119,10 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
         decoder = Decoder(parts, config.eval, config.pool.k, whole)
         for split, sets in splits.items():
             indexes = parts.reader(sets, with_targets=False).indexes
-            origin = provenance(config, path, split,
-                                {entry.path: index.fingerprint for entry, index in zip(sets, indexes, strict=True)})
+            fingerprints = {entry.path: index.fingerprint for entry, index in zip(sets, indexes, strict=True)}
+            if len(set(fingerprints.values())) < len(sets):
+                raise ConfigError(f"data.{split}: names a set twice, whose samples would count twice; name it once")
+            origin = provenance(config, path, split, fingerprints)
             partial = out / f"partial.{split}"
             predictions, skipped = decode_split(decoder, sets, origin, partial)
             check_references(predictions)

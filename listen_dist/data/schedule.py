@@ -165,12 +165,13 @@ def plan_batches(mixture: Mixture, cost: TokenCost, budget: float, window: int, 
 
 def plan_once(index: ShardIndex, cost: TokenCost, budget: float, limit: int = 0, done: Set[str] = frozenset(),
               ) -> list[list[SampleRef]]:
-    """Every sample of one set exactly once (or the first `limit`) but those that are done, longest first.
+    """Every sample of one set exactly once (or `limit` evenly spread) but those that are done, longest first.
 
     Each batch holds one task, so that a one-word answer need not wait for a transcript.
     """
     refs = [SampleRef(0, shard, row) for shard, entry in enumerate(index.shards) for row in range(entry.samples)]
-    refs = refs[:limit] if limit else refs
+    if 0 < limit < len(refs):
+        refs = [refs[i * len(refs) // limit] for i in range(limit)]  # a set may be sorted by answer
     if done:
         refs = [ref for ref in refs if index.shard_table(ref.shard).ids[ref.row] not in done]
     if not refs:

@@ -42,7 +42,7 @@ class Parts:
             ShardError: an index or shard is missing or damaged.
             ConfigError: stored features of another encoder.
         """
-        indexes = [ShardIndex.load(entry.path) for entry in sets]
+        indexes = [ShardIndex.load(entry.path, self.config.data) for entry in sets]
         for index in indexes:
             features = index.features
             if self.config.data.stored_features and features and \

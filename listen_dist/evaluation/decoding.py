@@ -61,7 +61,7 @@ class Decoder:
             skipped += batch.skipped
             predictions += rows
             if partial is not None and rows:
-                partial.add(str(index.folder), rows)
+                partial.add(index.fingerprint, rows)
         both = dist.gather_objects((predictions, skipped))
         everything = sorted([*done, *(p for theirs, _ in both for p in theirs)], key=lambda p: p.id)
         left_out = [s for _, theirs in both for s in theirs]

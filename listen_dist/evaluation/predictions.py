@@ -43,9 +43,9 @@ class PartialFile:
     def __init__(self, folder: Path, rank: int) -> None:
         self._file = (folder / f"rank-{rank}.jsonl").open("a", encoding="utf-8")
 
-    def add(self, set_path: str, predictions: Sequence[Prediction]) -> None:
+    def add(self, fingerprint: str, predictions: Sequence[Prediction]) -> None:
         """Append finished predictions of a set; they are on disk when it returns."""
-        self._file.write("".join(json.dumps({"set": set_path, **asdict(row)}, ensure_ascii=False) + "\n"
+        self._file.write("".join(json.dumps({"set": fingerprint, **asdict(row)}, ensure_ascii=False) + "\n"
                                  for row in predictions))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -55,9 +55,10 @@ class PartialFile:
 
 
 def take_over(folder: Path, header: dict[str, Any]) -> dict[str, list[Prediction]]:
-    """What an interrupted evaluation with the same header left, by set. One rank alone, before any appends.
+    """What an interrupted evaluation with the same header left, by the set's fingerprint.
 
-    The files of all its ranks become one, so that the number of ranks may change.
+    One rank alone calls it, before any appends. The files of all its ranks become one, so that the number
+    of ranks may change.
 
     Raises:
         ValueError: the folder holds the results of another evaluation, or was damaged.
@@ -83,8 +84,8 @@ def take_over(folder: Path, header: dict[str, Any]) -> dict[str, list[Prediction
             file.unlink()
     write_file(known, json.dumps(header, indent=1))
     done: dict[str, list[Prediction]] = defaultdict(list)
-    for (set_path, _), row in rows.items():
-        done[set_path].append(prediction_from(row))
+    for (fingerprint, _), row in rows.items():
+        done[fingerprint].append(prediction_from(row))
     return done
 
 

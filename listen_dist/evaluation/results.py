@@ -75,7 +75,7 @@ def check_same_model(path: Path, config: Config) -> Config:
 def untrained_tasks(saved: Config, tasks: set[str]) -> list[str]:
     """Those of the tasks that the checkpoint never saw; none where its training sets are not here to ask."""
     try:
-        trained = {task for entry in saved.data.train for task in ShardIndex.load(entry.path).tasks}
+        trained = {task for entry in saved.data.train for task in ShardIndex.load(entry.path, saved.data).tasks}
     except ShardError:
         return []
     return sorted(tasks - trained)

@@ -44,7 +44,7 @@ def two_ranks(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def alone(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, everything in one batch a task; then it goes on where two killed ranks were."""
+    """One process, everything in one batch a task."""
     folder = tmp_path_factory.mktemp("one")
     launching.run_ranks(1, WORKER, [tiny_world.config_file, folder, "greedy:eval.batch_tokens=4096",
                                     "beams:eval.beams=3;eval.choices=generate;eval.batch_tokens=4096"], folder, 300)
@@ -67,7 +67,8 @@ def test_two_ranks_with_unlike_work_answer_as_one_process(two_ranks: Path, alone
     if whole:
         assert sorted(map(len, by_rank)) == [3, 4]
     else:
-        assert len(by_rank[0]) == len(by_rank[1]) > 4  # in step, with fillers
+        assert len(by_rank[0]) == len(by_rank[1]) >= 4  # in step, with fillers
+        assert {name for answered in by_rank for name in answered} == {row.id for row in theirs}
 
 
 def test_the_planner_gathers_a_small_llm_and_one_sample_leaves_a_rank_idle(two_ranks: Path) -> None:
