@@ -18,8 +18,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 import argparse
 import json
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from listen_dist import config as configuration
 from listen_dist import dist, logs
@@ -37,6 +37,7 @@ from listen_dist.evaluation.scoring import check_references, entry_for
 from listen_dist.structures import SkippedSample
 
 logger = logging.getLogger("listen_dist.evaluate")
+T = TypeVar("T")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
@@ -61,7 +62,7 @@ def sets_of(config: Config, split: str) -> list[SetConfig]:
 def decode_split(decoder: Decoder, sets: Sequence[SetConfig], header: dict[str, Any], partial: Path,
                  ) -> tuple[list[Prediction], list[SkippedSample]]:
     """Every sample of the sets once, an interrupted evaluation's results taken over."""
-    done = taken_over(partial, header)
+    done = on_main(files.take_over, partial, header)
     finished = sum(map(len, done.values()))
     if finished:
         logger.info("going on from %s: %d samples are decoded already", partial, finished)
@@ -77,29 +78,39 @@ def decode_split(decoder: Decoder, sets: Sequence[SetConfig], header: dict[str, 
     return predictions, skipped
 
 
-def taken_over(partial: Path, header: dict[str, Any]) -> dict[str, list[Prediction]]:
-    """What an interrupted evaluation left, on every rank; so is the error where it cannot be used."""
-    found: tuple[dict[str, list[Prediction]], str] = {}, ""
+def on_main(work: Callable[..., T], *words: Any) -> T:
+    """Do something on the main rank alone; its result, or its error, on every rank."""
+    found: tuple[T | None, str] = None, ""
     if dist.is_main():
         try:
-            found = files.take_over(partial, header), ""
-        except (ValueError, KeyError, OSError) as error:
-            found = {}, f"{partial}: {error}" if isinstance(error, KeyError) else str(error)
-    done, reason = dist.broadcast_object(found)
+            found = work(*words), ""
+        except (ValueError, OSError) as error:
+            found = None, str(error)
+    result, reason = dist.broadcast_object(found)
     if reason:
         raise ValueError(reason)
-    return done
+    return result  # type: ignore[no-any-return]
 
 
-def write(folder: Path, suffix: str, results: dict[str, Any], predictions: Sequence[Prediction],
-          skipped: Sequence[SkippedSample]) -> None:
-    """The three files of a split; results.json last, so that it stands for all."""
+def score_and_write(folder: Path, suffix: str, facts: dict[str, Any], saved: Config,
+                    predictions: Sequence[Prediction], skipped: Sequence[SkippedSample]) -> None:
+    """Score a split and write its three files; results.json last, so that it stands for all.
+
+    Args:
+        facts: what results.json holds besides the scores.
+        saved: the configuration that the checkpoint was trained with.
+    """
+    check_references(predictions)
+    names = dict.fromkeys(row.task for row in predictions)
+    tasks = {name: entry_for(name, [row for row in predictions if row.task == name]) for name in names}
+    untrained = untrained_tasks(saved, set(tasks))
+    results = {"format_version": 2, "tasks": tasks, "skipped": len(skipped), "untrained_tasks": untrained, **facts}
     files.write_file(folder / f"predictions{suffix}.jsonl", files.to_lines(predictions))
     files.write_file(folder / f"eval_skipped{suffix}.jsonl", files.to_lines(skipped))
     files.write_file(folder / f"results{suffix}.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    print(table(results["tasks"]), flush=True)
-    if results["untrained_tasks"]:
-        print(f"never trained in this checkpoint: {', '.join(results['untrained_tasks'])}", flush=True)
+    print(table(tasks), flush=True)
+    if untrained:
+        print(f"never trained in this checkpoint: {', '.join(untrained)}", flush=True)
     print(f"{len(skipped)} samples skipped. Details: {folder / f'results{suffix}.json'}, "
           f"{folder / f'predictions{suffix}.jsonl'}", flush=True)
 
@@ -125,16 +136,10 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
             origin = provenance(config, path, split, fingerprints)
             partial = out / f"partial.{split}"
             predictions, skipped = decode_split(decoder, sets, origin, partial)
-            check_references(predictions)
-            if dist.is_main():
-                names = dict.fromkeys(row.task for row in predictions)
-                tasks = {name: entry_for(name, [row for row in predictions if row.task == name]) for name in names}
-                results = {"format_version": 2, "step": state.step, "tasks": tasks, "skipped": len(skipped),
-                           "untrained_tasks": untrained_tasks(saved, set(tasks)), **origin,
-                           "ranks": dist.world_size(), "llm": "whole" if whole else "sharded"}
-                write(out, "" if len(splits) == 1 else f".{split}", results, predictions, skipped)
-                files.clear(partial)
-            dist.barrier()
+            suffix = "" if len(splits) == 1 else f".{split}"
+            facts = {"step": state.step, **origin, "ranks": dist.world_size(), "llm": "whole" if whole else "sharded"}
+            on_main(score_and_write, out, suffix, facts, saved, predictions, skipped)
+            on_main(files.clear, partial)
     return 0
 
 
