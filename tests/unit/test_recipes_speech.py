@@ -288,6 +288,7 @@ def covost(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder / f"covost_v2.en_zh-CN.{split}.tsv",
             sep="\t", header=True, index=False, encoding="utf-8", escapechar="\\", quoting=csv.QUOTE_NONE,
         )
+    edit("covost_v2.en_zh-CN.dev.tsv", "Good morning.", '"Good morning.')(folder)  # a quote that nobody escaped
     return folder
 
 
@@ -310,7 +311,9 @@ def test_covost_record_by_record(covost: Path, tmp_path: Path, capsys: pytest.Ca
         meta={"sentence": 'He said "yes" to it.', "target_language": "zh-CN"},
     )
     assert (second.target, second.meta["sentence"]) == ('反\\斜"杠', "A back\\slash.")
-    assert [(r.target, r.split) for r in manifests["covost2.dev"]] == [("早上好。", "dev")]
+    assert [(r.target, r.split, r.meta["sentence"]) for r in manifests["covost2.dev"]] == [
+        ("早上好。", "dev", '"Good morning.')
+    ]
     assert [(r.target, r.split) for r in manifests["covost2.test"]] == [("谢谢。", "test")]
     assert "1 rows of train left out, without a translation; the first: " in capsys.readouterr().out
 
