@@ -138,7 +138,8 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
     if dist.is_main():
         tasks = score(predictions)
         results = {"format_version": 1, "step": state.step, "tasks": tasks, "skipped": len(skipped),
-                   **provenance(config, path, fingerprints)}
+                   **provenance(config, path, fingerprints),
+                   "k": parts.model.pool.prompt_tokens(config.pool.k)}
         out = Path(arguments.out or config.run_dir)
         write_results(out, results, predictions, skipped)
         print(table(tasks), flush=True)

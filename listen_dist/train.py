@@ -28,7 +28,7 @@ from listen_dist.config import Config, ConfigError
 from listen_dist.data.loader import find_filler, training_steps
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint
-from listen_dist.engine.assembly import Parts, assemble
+from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
 from listen_dist.engine.checkpoint import CheckpointError, TrainState
 from listen_dist.engine.meter import Meter
 from listen_dist.engine.optim import build_optimizer
@@ -90,6 +90,7 @@ def set_up(config: Config, device: torch.device) -> Run:
     if not config.data.train:
         raise ConfigError("data.train: no set to train on; name a folder of shards")
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    config = with_pool_tasks(config)
     found = find_resume(config)
     parts = assemble(config, device)
     replicated = ReplicatedTrainables(parts.model.trainable)
@@ -132,16 +133,17 @@ def summarize(run: Run) -> None:
     """Say what learns, what lies on each rank, and what memory is planned."""
     model, config = run.parts.model, run.config
     size = llm_size(config.model.llm)
-    pool, projector = count(model.pool), count(model.projector)
+    pool, projector, learned = count(model.pool), count(model.projector), count(model.trainable)
     frozen_projector = " (frozen)" if config.projector.freeze else ""
     held = dist.gather_objects(run.parts.sharding.bytes_held())
-    logger.info("learned parameters: pool %s (%.3f %% of the LLM), projector %s%s", f"{pool:,}",
-                100 * pool / size.parameters, f"{projector:,}", frozen_projector)
+    adapters = f", LoRA {learned - pool - projector:,}" if config.lora.rank else ""
+    logger.info("learned parameters: pool %s (%.3f %% of the LLM), projector %s%s%s", f"{pool:,}",
+                100 * pool / size.parameters, f"{projector:,}", frozen_projector, adapters)
     logger.info("frozen parameters: LLM %s, speech encoder %s", f"{size.parameters:,}", f"{count(model.encoder):,}")
     for rank, size_held in enumerate(held):
         logger.info("rank %d of %d holds %.1f MiB of the LLM (parallel.llm = %s), all of the rest, on %s",
                     rank, len(held), size_held / 2**20, config.parallel.llm, model.device)
-    plan = plan_memory(config, size, dist.world_size(), count(model.encoder), pool + projector)
+    plan = plan_memory(config, size, dist.world_size(), count(model.encoder), learned)
     for line in plan.lines():
         logger.info(line)
 
@@ -152,8 +154,8 @@ def train(run: Run) -> None:
     reader = run.parts.reader(config.data.train, with_targets=True)
     weights = [entry.weight for entry in config.data.train]
     per_step = config.train.batches_per_step or dist.world_size()
-    steps = training_steps(reader, weights, run.parts.token_cost(config.pool.k_max), config.data, config.train.seed,
-                           per_step, dist.rank(), dist.world_size(), run.state.loader)
+    steps = training_steps(reader, weights, run.parts.training_cost(), config.data, config.train.seed, per_step,
+                           dist.rank(), dist.world_size(), run.state.loader)
     meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples)
     filler = find_filler(reader)
     model.train()
