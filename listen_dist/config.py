@@ -113,7 +113,7 @@ class PoolConfig:
 class LoraConfig:
     rank: int = 0
     """Rank of the adapters put into the frozen LLM; 0: none."""
-    alpha: float = 32.0
+    alpha: int = 32
     """An adapter's output counts alpha / rank times."""
     targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     """Names of the linear layers that get one, as the LLM calls them."""
@@ -366,7 +366,8 @@ def _differences(a: Any, b: Any, prefix: str) -> list[str]:
 
 
 AT_LEAST = {
-    "pool.prompts": 1, "lora.rank": 0, "projector.window": 0.02, "projector.hidden": 1, "projector.layers": 1, "projector.heads": 1,
+    "lora.rank": 0, "pool.prompts": 1, "projector.window": 0.02, "projector.hidden": 1, "projector.layers": 1,
+    "projector.heads": 1,
     "train.max_steps": 1, "train.log_every": 1, "train.save_every": 1, "train.keep": 1, "train.checksum_every": 1,
     "train.batches_per_step": 0, "train.max_minutes": 0, "train.warmup_steps": 0, "train.weight_decay": 0,
     "train.clip_norm": 0, "train.min_learning_rate": 0, "data.batch_tokens": 32, "data.window": 1, "data.workers": 0,

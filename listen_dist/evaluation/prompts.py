@@ -55,8 +55,9 @@ def usage_summary(membership: np.ndarray) -> dict[str, Any]:
     """Usage [N] and diversity of some clips' choices [clips, N]."""
     usage = membership.mean(0)
     effective = effective_number(usage)
-    return {"clips": len(membership), "usage": usage.tolist(), "entropy": float(np.log(effective)) if effective else 0.0,
-            "effective": effective, "never_used": float((usage == 0).mean()),
+    return {"clips": len(membership), "usage": usage.tolist(), "effective": effective,
+            "entropy": float(np.log(effective)) if effective else 0.0,
+            "never_used": float((usage == 0).mean()),
             "most_used": [int(n) for n in np.argsort(-usage, kind="stable")[:5] if usage[n] > 0]}
 
 

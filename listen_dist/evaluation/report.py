@@ -14,12 +14,14 @@ import base64
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import numpy as np
 import soundfile
 import torch
@@ -28,6 +30,7 @@ from listen_dist import config as configuration
 from listen_dist import dist, logs, tracking
 from listen_dist.config import Config, ConfigError
 from listen_dist.data.decode import AudioError
+from listen_dist.data.loader import BatchReader
 from listen_dist.data.schedule import SampleRef
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint
@@ -76,9 +79,10 @@ def read_run(folder: Path) -> Evaluated:
         results = json.loads(files["results.json"].read_text())
         predictions = [json.loads(line) for line in files["predictions.jsonl"].read_text().splitlines()]
         counts = {task: entry["samples"] for task, entry in results["tasks"].items()}
-        found = {task: sum(row["task"] == task for row in predictions) for task in {row["task"] for row in predictions}}
+        found = dict(Counter(row["task"] for row in predictions))
     except (ValueError, KeyError, TypeError) as error:
-        raise ReportError(f"{folder}: results.json or predictions.jsonl is damaged ({error}); evaluate again") from error
+        raise ReportError(f"{folder}: results.json or predictions.jsonl is damaged ({error}); "
+                          "evaluate again") from error
     if not predictions:
         raise ReportError(f"{files['predictions.jsonl']}: no sample in it; nothing to report on")
     if counts != found:
@@ -89,15 +93,15 @@ def read_run(folder: Path) -> Evaluated:
     return Evaluated(folder, config, results, predictions)
 
 
-def find_samples(parts: Parts, run: Evaluated) -> dict[str, SampleRef]:
-    """Where each predicted sample lies in the split's shards.
+def open_split(parts: Parts, run: Evaluated) -> tuple[BatchReader, dict[str, SampleRef]]:
+    """The evaluated split, and where each predicted sample lies in it.
 
     Raises:
         ReportError: the shards are not those that were evaluated.
     """
-    indexes = parts.reader(getattr(run.config.data, run.split), with_targets=False).indexes
+    reader = parts.reader(getattr(run.config.data, run.split), with_targets=False)
     places = {}
-    for number, index in enumerate(indexes):
+    for number, index in enumerate(reader.indexes):
         expected = run.results["data_fingerprints"].get(str(index.folder))
         if expected != index.fingerprint:
             raise ReportError(f"{index.folder}: not the shards that results.json was made from; evaluate again")
@@ -108,7 +112,7 @@ def find_samples(parts: Parts, run: Evaluated) -> dict[str, SampleRef]:
     if missing:
         raise ReportError(f"{run.folder / 'predictions.jsonl'}: {missing[0]!r} and perhaps others are not in the "
                           f"{run.split} split; evaluate again")
-    return places
+    return reader, places
 
 
 def gather(run: Evaluated, parts: Parts, per_task: int, mapped: int) -> dict[str, Any]:
@@ -128,7 +132,7 @@ def gather(run: Evaluated, parts: Parts, per_task: int, mapped: int) -> dict[str
     everything = prompts.usage_summary(table)
     k = parts.model.pool.prompt_tokens(int(run.results["k"]))
     state, words = prompts.verdict(pool.selection, k, everything, overlap)
-    places = find_samples(parts, run)
+    reader, places = open_split(parts, run)
     return {
         "format_version": 1, "run": run.folder.name, "checkpoint": run.results["checkpoint"],
         "step": run.results["step"], "split": run.split, "selection": pool.selection, "prompts": len(values), "k": k,
@@ -136,9 +140,9 @@ def gather(run: Evaluated, parts: Parts, per_task: int, mapped: int) -> dict[str
         "tasks": {name: prompts.usage_summary(table[[task == name for task in tasks]]) for name in names},
         "overlap": {"tasks": names, "jaccard": [[None if np.isnan(x) else float(x) for x in row] for row in overlap]},
         "training": training_curves(run.folder / "metrics.jsonl"),
-        "map": key_map(parts, run, places, mapped),
+        "map": key_map(parts, reader, [(row, places[row["id"]]) for row in first_of_each(rows, mapped)]),
         "vocabulary": vocabulary(parts, values),
-        "clips": [clip(parts, row, places[row["id"]], run) for row in first_of_each(rows, per_task)],
+        "clips": [clip(reader, row, places[row["id"]], run.config) for row in first_of_each(rows, per_task)],
     }
 
 
@@ -156,28 +160,28 @@ def training_curves(file: Path) -> dict[str, Any]:
     key = "effective_prompts"
     tasks = sorted({name.removeprefix(f"{key}_") for line in lines.values() for name in line
                     if name.startswith(f"{key}_")})
-    effective = {"all": [lines[step][key] for step in steps]}
-    effective |= {task: [lines[step].get(f"{key}_{task}") for step in steps] for task in tasks}
+    columns = {"all": key, **{task: f"{key}_{task}" for task in tasks}}
+    effective = {name: [lines[step].get(column) for step in steps] for name, column in columns.items()}
     return {"steps": steps, "effective": effective, "unused": [lines[step].get("unused_prompts") for step in steps]}
 
 
 @torch.no_grad()
-def key_map(parts: Parts, run: Evaluated, places: dict[str, SampleRef], mapped: int) -> dict[str, Any] | None:
-    """Keys and the queries of some clips of each task on two principal axes; None where there are no keys."""
+def key_map(parts: Parts, reader: BatchReader, placed: Sequence[tuple[dict[str, Any], SampleRef]],
+            ) -> dict[str, Any] | None:
+    """Keys and the queries of some clips on two principal axes; None where there are no keys."""
     keys = getattr(parts.model.pool, "keys", None)
     if keys is None:
         return None
-    rows = first_of_each(run.predictions, mapped)
-    reader = parts.reader(getattr(run.config.data, run.split), with_targets=False)
     queries: dict[str, np.ndarray] = {}
-    for start in logs.progress(range(0, len(rows), BATCH), "queries"):
-        batch = reader[[places[row["id"]] for row in rows[start : start + BATCH]]]
+    for start in logs.progress(range(0, len(placed), BATCH), "queries"):
+        batch = reader[[place for _, place in placed[start : start + BATCH]]]
         if len(batch):
             queries |= dict(zip(batch.ids, parts.model.queries(batch).numpy(), strict=True))
     points, variance = prompts.pca(np.concatenate([keys.numpy(), np.stack(list(queries.values()))]))
     at = dict(zip(queries, points[len(keys):].tolist(), strict=True))
     return {"keys": points[: len(keys)].tolist(), "variance": variance,
-            "queries": [{"id": row["id"], "task": row["task"], "at": at[row["id"]]} for row in rows if row["id"] in at]}
+            "queries": [{"id": row["id"], "task": row["task"], "at": at[row["id"]]} for row, _ in placed
+                        if row["id"] in at]}
 
 
 @torch.no_grad()
@@ -200,10 +204,9 @@ def first_of_each(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, 
     return sorted(kept, key=lambda row: row["task"])
 
 
-def clip(parts: Parts, row: dict[str, Any], place: SampleRef, run: Evaluated) -> dict[str, Any]:
+def clip(reader: BatchReader, row: dict[str, Any], place: SampleRef, config: Config) -> dict[str, Any]:
     """One clip: what was asked and answered, the prompts with scores, and the audio as a FLAC data address."""
-    index = parts.reader(getattr(run.config.data, run.split), with_targets=False).indexes[place.set]
-    sample = index.read_sample(place.shard, place.row, "audio", run.config.data.max_seconds)
+    sample = reader.indexes[place.set].read_sample(place.shard, place.row, "audio", config.data.max_seconds)
     assert sample.waveform is not None
     file = io.BytesIO()
     soundfile.write(file, sample.waveform, SAMPLE_RATE, format="FLAC")
@@ -221,14 +224,19 @@ def render(data: dict[str, Any], pictures: dict[str, bytes]) -> str:
         for part in path.split("/"):
             value = value[int(part)] if isinstance(value, list) else value[part]
         shown = "–" if value is None else f"{value:.{digits}f}"
-        return jinja2.utils.markupsafe.Markup('<span data-path="{}">{}</span>').format(path, shown)
+        return markupsafe.Markup('<span data-path="{}">{}</span>').format(path, shown)
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    raw = {**data, "clips": [{key: value for key, value in row.items() if key != "audio"} for row in data["clips"]]}
+    rows = [(f"tasks/{name}", name, summary) for name, summary in data["tasks"].items()]
     return environment.get_template("report.html.jinja").render(
-        data=data, raw=raw, number=number,
+        data=data, raw=without_audio(data), number=number, rows=[*rows, ("all", "all", data["all"])],
         pictures={name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in pictures.items()})
+
+
+def without_audio(data: dict[str, Any]) -> dict[str, Any]:
+    """What report.json holds: all but the clips' sound."""
+    return {**data, "clips": [{key: value for key, value in row.items() if key != "audio"} for row in data["clips"]]}
 
 
 def write(run: Evaluated, data: dict[str, Any]) -> Path:
@@ -239,8 +247,7 @@ def write(run: Evaluated, data: dict[str, Any]) -> Path:
     page = render(data, pictures)
     for name, png in pictures.items():
         (out / f"{name}.png").write_bytes(png)
-    raw = {**data, "clips": [{key: value for key, value in row.items() if key != "audio"} for row in data["clips"]]}
-    (out / "report.json").write_text(json.dumps(raw, indent=1, ensure_ascii=False) + "\n")
+    (out / "report.json").write_text(json.dumps(without_audio(data), indent=1, ensure_ascii=False) + "\n")
     (out / "report.html").write_text(page)
     tracking.log_files(run.config, run.folder, sorted(out.iterdir()))
     return out / "report.html"

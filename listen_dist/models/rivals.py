@@ -128,5 +128,13 @@ def _unmatched(prompts: torch.Tensor, scores: torch.Tensor, indices: torch.Tenso
 
 def build_pool(config: PoolConfig, embedding_mean: torch.Tensor) -> Pool:
     """What `pool.selection` names, with fresh weights from torch's generator."""
-    kinds = {"similarity": PromptPool, "attention": AttentionPool, "task_static": TaskPool, "fixed": FixedPrompts}
-    return NoPrompts() if config.selection == "none" else kinds[config.selection](config, embedding_mean)
+    match config.selection:
+        case "attention":
+            return AttentionPool(config, embedding_mean)
+        case "task_static":
+            return TaskPool(config, embedding_mean)
+        case "fixed":
+            return FixedPrompts(config, embedding_mean)
+        case "none":
+            return NoPrompts()
+    return PromptPool(config, embedding_mean)
