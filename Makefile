@@ -32,7 +32,7 @@ models: setup  ## the demo LLM and speech encoder
 recordings: setup  ## recorded prompts and sound effects, and their manifests
 	$(BIN)/python tools/prepare/phone_prompts.py
 	$(BIN)/python tools/prepare/sound_effects.py
-	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 2000
+	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 1000
 
 shards: models recordings  ## manifests to tar shards with stored encoder features
 	$(BIN)/python tools/shard_dataset.py $(SETS:%=assets/manifests/%.*.jsonl) assets/shards --separate --overwrite \

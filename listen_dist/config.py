@@ -57,7 +57,7 @@ class ProjectorConfig:
     """Attention heads of the Q-Former."""
     start: Literal["random", "least_squares"] = "random"
     """`least_squares`: solve the last layer once, before the first step, so that a window comes out
-    near the embedding of the target token spoken about then (see engine/warm_start.py)."""
+    near the embedding of the target token spoken then, or of the whole answer (see engine/warm_start.py)."""
     freeze: bool = False
     """Leave only the pool to learn; give `init_from` with it."""
     init_from: str | None = None
@@ -196,9 +196,13 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     split: Literal["dev", "test"] = "test"
+    choices: Literal["likelihood", "generate"] = "likelihood"
+    """Answers out of a closed set (`meta.choices`, or the task's own): the one that the LLM finds most
+    likely, or whatever it generates. Where no set is known, answers are always generated."""
     beams: int = 1
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
+    """Above 1: less likely to say a token again. For tasks with free text only; one-word answers go without."""
     batch_tokens: int = 2048
     """Budget of LLM input tokens of one decoding batch."""
     limit: int = 0

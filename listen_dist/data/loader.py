@@ -30,7 +30,8 @@ from listen_dist.data.schedule import Mixture, SampleRef, TokenCost, plan_batche
 from listen_dist.data.shard_members import ShardError, Want
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
-from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch, LoaderState, SkippedSample
+from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch, LoaderState, Record, SkippedSample
+from listen_dist.tasks import choices_for
 
 
 class BatchReader(Dataset[Batch]):
@@ -80,7 +81,15 @@ class BatchReader(Dataset[Batch]):
         else:
             assert sample.waveform is not None
             audio, seconds = self._log_mel(sample.waveform), len(sample.waveform) / SAMPLE_RATE
-        return Prepared(sample.record, audio, self._text.after_ids(sample.record), target, seconds)
+        choices = () if self._with_targets else self._choices(sample.record)
+        return Prepared(sample.record, audio, self._text.after_ids(sample.record), target, seconds, choices,
+                        tuple(self._text.target_ids(choice) for choice in choices))
+
+    def _choices(self, record: Record) -> tuple[str, ...]:
+        try:
+            return choices_for(record)
+        except ValueError as error:
+            raise ShardError(str(error)) from None
 
 
 class _StepSampler:
