@@ -5,8 +5,8 @@
 
 Each run goes to OUT/NAME/seed-S (NAME is the config's file name) and goes on where it was stopped; a run
 that is done with the same config is skipped. With --top-k, runs that choose their prompts are scored
-once more with each k. Writes OUT/comparison.json and OUT/comparison.md. In brackets: 95 % intervals, over seeds where there are
-several, over clips where there is one.
+once more with each k. Writes OUT/comparison.json and OUT/comparison.md. In brackets: 95 % intervals,
+over seeds where there are several, over clips where there is one.
 """
 
 from __future__ import annotations

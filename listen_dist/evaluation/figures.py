@@ -45,13 +45,13 @@ def overlap(data: dict[str, Any]) -> bytes:
     """Heat map tasks × tasks, with the numbers in it."""
     tasks = data["tasks"]
     table = np.array(data["jaccard"], dtype=float)
-    figure, axes = _figure(2.8 + 0.75 * len(tasks), 1.6 + 0.55 * len(tasks))
+    figure, axes = _figure(8.0, 1.6 + 0.5 * len(tasks))
     image = axes.imshow(table, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     axes.set_yticks(range(len(tasks)), tasks)
     for i, j in np.ndindex(*table.shape):
         text = "–" if np.isnan(table[i, j]) else f"{table[i, j]:.2f}"
-        axes.text(j, i, text, ha="center", va="center", color="white" if table[i, j] > 0.6 else "black", fontsize=9)
+        axes.text(j, i, text, ha="center", va="center", color="white" if table[i, j] > 0.55 else "black", fontsize=9)
     figure.colorbar(image, ax=axes, label="Jaccard overlap")
     return _png(figure)
 

@@ -151,7 +151,8 @@ def verdict(selection: str, k: int, summary: dict[str, Any], overlap: np.ndarray
         return "narrow", (f"Most of the pool lies idle. {in_use} This is the way into a collapse; watch the "
                           "curve of the effective number, and try a smaller pool.match_weight or a smaller pool.")
     if between > ALIKE:
-        return "alike", (f"Tasks are hardly told apart: two clips of different tasks share {100 * between:.0f} % of "
-                         f"their prompts. {in_use}")
-    shared = "" if np.isnan(between) else f" Two clips of different tasks share {100 * between:.0f} % of their prompts."
+        return "alike", (f"Tasks are hardly told apart: the prompts of two clips of different tasks overlap by "
+                         f"{between:.2f} (Jaccard). {in_use}")
+    shared = "" if np.isnan(between) else (
+        f" The prompts of two clips of different tasks overlap by {between:.2f} (Jaccard) on average.")
     return "varied", f"The choice varies with the clip. {in_use}{shared}"
