@@ -189,7 +189,8 @@ def vocabulary(parts: Parts, values: np.ndarray) -> list[list[dict[str, Any]]]:
     """The vocabulary entries nearest to each value, best first, with line ends and the like spelt out."""
     size = parts.model.llm.config.vocab_size
     embeddings = parts.model.llm.get_input_embeddings()(torch.arange(size)).float().numpy()
-    return [[{"token": json.dumps(parts.text.piece(token), ensure_ascii=False)[1:-1], "cosine": cosine} for token, cosine in row]
+    return [[{"token": json.dumps(parts.text.piece(token), ensure_ascii=False)[1:-1], "cosine": cosine}
+             for token, cosine in row]
             for row in prompts.nearest_tokens(values, embeddings, TOKENS)]
 
 

@@ -85,7 +85,8 @@ def test_numbers_on_the_page_equal_the_json(page: Any, numbers: dict[str, Any]) 
 
 def test_clips_can_be_played(page: Any, numbers: dict[str, Any]) -> None:
     durations = page.evaluate("""Promise.all([...document.querySelectorAll('audio')].map(a => new Promise(done => {
-        a.onloadedmetadata = () => done(a.duration); a.onerror = () => done(-1); a.preload = 'metadata'; a.load(); })))""")
+        a.onloadedmetadata = () => done(a.duration); a.onerror = () => done(-1);
+        a.preload = 'metadata'; a.load(); })))""")
     assert durations == pytest.approx([clip["seconds"] for clip in numbers["clips"]], abs=0.01)
     assert len(durations) == 5  # two each of asr and speech_qa, the one of language_id
 
