@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import braceexpand
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -122,7 +123,8 @@ class LoraConfig:
 @dataclass(frozen=True)
 class SetConfig:
     path: str = ""
-    """Folder of shards with an index.json (see tools/shard_dataset.py)."""
+    """Folder of shards with an index.json (see tools/shard_dataset.py): a path, or an address that begins with
+    http://, https://, s3:// or gs://. Braces name several that are read as one set: `part-{00..07}`, `{a,b}`."""
     weight: float = 1.0
     """Share of this set among the samples drawn, relative to the other sets' weights."""
 
@@ -149,6 +151,15 @@ class DataConfig:
     """Loader processes a rank; 0: read in the training process."""
     stored_features: bool = True
     """Use the encoder output stored in the shards where they hold it (no encoder run)."""
+    cache_dir: str = ""
+    """Folder on this node's disk that keeps whole shards of sets read over the network; empty: no cache,
+    each sample is fetched by itself. All processes of a node share it."""
+    cache_gib: float = 100.0
+    """Size limit of the cache (GiB); the shards used longest ago make room for new ones."""
+    timeout_seconds: float = 30.0
+    """A network source that sends nothing for so long has failed once."""
+    retries: int = 8
+    """Failures in a row, each after a longer pause (0.5 s to 30 s), before a network source ends the run."""
 
 
 @dataclass(frozen=True)
@@ -375,7 +386,7 @@ AT_LEAST = {
     "train.max_steps": 1, "train.log_every": 1, "train.save_every": 1, "train.keep": 1, "train.checksum_every": 1,
     "train.batches_per_step": 0, "train.max_minutes": 0, "train.warmup_steps": 0, "train.weight_decay": 0,
     "train.clip_norm": 0, "train.min_learning_rate": 0, "data.batch_tokens": 32, "data.window": 1, "data.workers": 0,
-    "data.max_target_tokens": 2, "data.max_bad_fraction": 0, "parallel.max_live_parameters": 0,
+    "data.max_target_tokens": 2, "data.max_bad_fraction": 0, "data.retries": 0, "parallel.max_live_parameters": 0,
     "eval.beams": 1, "eval.batch_tokens": 32, "eval.limit": 0,
 }
 """Smallest values (a projector window: one frame; a target: one token and EOS)."""
@@ -423,9 +434,34 @@ def check(config: Config) -> None:
     for split in ("train", "dev", "test"):
         for i, entry in enumerate(getattr(data, split)):
             _require(bool(entry.path), f"data.{split}[{i}].path", entry.path, "must be set")
+            set_addresses(entry.path, f"data.{split}[{i}].path")
             _require(entry.weight > 0, f"data.{split}[{i}].weight", entry.weight, "must be positive")
+    _require(data.cache_gib > 0, "data.cache_gib", data.cache_gib, "must be positive")
+    _require(data.timeout_seconds > 0, "data.timeout_seconds", data.timeout_seconds, "must be positive")
     _require(config.parallel.timeout_minutes > 0, "parallel.timeout_minutes", config.parallel.timeout_minutes,
              "must be positive")
+
+
+def set_addresses(path: str, key: str = "path") -> list[str]:
+    """The folders that a set's path names: braces expanded, in that order.
+
+    Raises:
+        ConfigError: naming `key`, where an address is none that we read.
+    """
+    try:
+        addresses = list(braceexpand.braceexpand(path, escape=False))
+    except ValueError:
+        raise ConfigError(f"{key} = {path!r}: a brace without its pair") from None
+    _require(len(set(addresses)) == len(addresses), key, path, "names a folder twice")
+    for address in addresses:
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", address)
+        if scheme:
+            _require(re.match(r"(https?|s3|gs)://[^/]", address) is not None, key, path,
+                     f"{scheme[0]!r} is no source; give a folder, or an address that begins with http://, https://, "
+                     "s3:// or gs:// (a folder whose name holds a colon: ./name)")
+            _require(re.search(r"[@?#]", address) is None, key, path, "an address holds no password (those belong "
+                     "into ~/.netrc or the store's environment), no '?' and no '#'")
+    return addresses
 
 
 def _require(holds: bool, key: str, value: object, what: str) -> None:

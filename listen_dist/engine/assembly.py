@@ -44,7 +44,7 @@ class Parts:
             ConfigError: stored features of another encoder.
             ValueError: a task that owns no prompts (`pool.selection = task_static`).
         """
-        indexes = [ShardIndex.load(entry.path) for entry in sets]
+        indexes = [ShardIndex.load(entry.path, self.config.data) for entry in sets]
         for index in indexes:
             if isinstance(self.model.pool, TaskPool):
                 for task in index.tasks:

@@ -13,6 +13,7 @@ from listen_dist.config import Config, ConfigError
 from listen_dist.data.schedule import SampleRef
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
 from listen_dist.models.llm import load_llm
+from listen_dist.models.rivals import build_pool
 from listen_dist.planner import count
 from tests import plain, tiny
 
@@ -167,6 +168,11 @@ def test_what_cannot_be_divided_is_shared(tiny_world: tiny.Tiny, prompts: int, s
                                           shared: int) -> None:
     config = with_pool_tasks(static(tiny_world, f"pool.prompts={prompts}", f"pool.shared_share={share}"))
     assert config.pool.task_parts() == (own, shared) and own * len(TASKS) + shared == prompts
+    pool = build_pool(config.pool, torch.zeros(D))
+    matched = pool(torch.zeros(4, 1, D), torch.ones(4, 1, dtype=torch.bool), TASKS, k=1)
+    assert pool.table().shape == (prompts, D) and torch.equal(matched.prompts, pool.table()[matched.indices])
+    assert matched.indices[:, :own].flatten().tolist() == list(range(4 * own))
+    assert matched.indices[:, own:].tolist() == [list(range(4 * own, prompts))] * 4
 
 
 def test_a_pool_too_small_for_its_tasks_is_refused(tiny_world: tiny.Tiny) -> None:
