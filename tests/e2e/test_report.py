@@ -67,9 +67,16 @@ def look_up(tree: Any, path: str) -> Any:
 
 
 def test_figures_are_drawn(page: Any) -> None:
-    sizes = page.evaluate("[...document.images].map(i => [i.id, i.complete && i.naturalWidth, i.naturalHeight])")
+    """Decoded and painted: pixels of many colours, in the lower half too."""
+    sizes = page.evaluate("""[...document.images].map(image => {
+        const canvas = document.createElement('canvas'), width = image.naturalWidth, height = image.naturalHeight;
+        canvas.width = width; canvas.height = height;
+        const paint = canvas.getContext('2d');
+        paint.drawImage(image, 0, 0);
+        const pixels = new Uint32Array(paint.getImageData(0, height / 2, width, height / 2).data.buffer);
+        return [image.id, width, height, new Set(pixels).size]; })""")
     assert [name for name, *_ in sizes] == ["usage", "overlap", "training", "map"]
-    assert all(width > 300 and height > 150 for _, width, height in sizes)
+    assert all(width > 300 and height > 150 and colours > 50 for _, width, height, colours in sizes), sizes
 
 
 def test_numbers_on_the_page_equal_the_json(page: Any, numbers: dict[str, Any]) -> None:
