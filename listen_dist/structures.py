@@ -19,7 +19,7 @@ Dimension letters used in docstrings and trailing comments everywhere:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -100,6 +100,10 @@ class Batch:
     def target_tokens(self) -> int:
         """Number of tokens the loss covers (target and EOS)."""
         return sum(len(row) for row in self.target_ids)
+
+    def pin_memory(self) -> Batch:
+        """The same batch with page-locked tensors; torch's DataLoader calls it."""
+        return replace(self, audio=self.audio.pin_memory(), audio_lengths=self.audio_lengths.pin_memory())
 
     def __len__(self) -> int:
         return len(self.ids)

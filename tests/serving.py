@@ -60,10 +60,16 @@ class Nginx:
         """Begin the list of requests anew."""
         os.truncate(self.run / "access.log", 0)
 
-    def requests(self) -> list[tuple[int, str, str]]:
-        """Status, range asked for and path of every answer since, in the order they ended."""
-        time.sleep(0.02)  # the line is written after the answer
-        rows = [line.split("|") for line in (self.run / "access.log").read_text().splitlines()]
+    def requests(self, count: int) -> list[tuple[int, str, str]]:
+        """Status, range asked for and path of every answer since, in the order they ended.
+
+        A line is written a little after the answer, so `count` of them are waited for; more are returned too.
+        """
+        for _ in range(500):
+            rows = [line.split("|") for line in (self.run / "access.log").read_text().splitlines()]
+            if len(rows) >= count:
+                break
+            time.sleep(0.02)
         return [(int(status), asked.removeprefix("bytes="), path) for status, asked, path in rows]
 
 
@@ -115,6 +121,8 @@ class _Connection(socketserver.BaseRequestHandler):
         if allowed == STALL:
             while self.request.recv(65536):
                 pass
+            return
+        if not allowed:  # dropped before the request goes any further
             return
         with socket.create_connection(("127.0.0.1", self.server.target)) as upstream:
             threading.Thread(target=_pump, args=(self.request, upstream), daemon=True).start()

@@ -148,7 +148,7 @@ def _to_model_audio(samples: np.ndarray, rate: int, max_seconds: float) -> np.nd
         raise AudioError(f"longer than the limit of {max_seconds:g} s")
     if seconds < MIN_SECONDS:
         raise AudioError(f"holds {samples.shape[1]} samples, less than {MIN_SECONDS} s")
-    mono = samples.mean(axis=0, dtype=np.float32)
+    mono = samples[0] if len(samples) == 1 else samples.mean(axis=0, dtype=np.float32)
     if not np.isfinite(mono).all():
         raise AudioError("holds values that are not finite (NaN or infinity)")
     if rate != SAMPLE_RATE:

@@ -19,7 +19,8 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import numpy as np
@@ -27,20 +28,24 @@ import numpy as np
 from listen_dist.config import DataConfig, set_addresses
 from listen_dist.data.decode import AudioError
 from listen_dist.data.manifest import ManifestError, check_id
-from listen_dist.data.remote import MissingFile, PinnedFile
+from listen_dist.data.remote import MissingFile
+from listen_dist.data.shard_entries import ShardEntries, ShardEntry
 from listen_dist.data.shard_members import ShardError, Want, parse_sample
 from listen_dist.data.sources import Folder, JoinedFolder, locate, open_folder
 from listen_dist.structures import AudioSample
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
+MOST_CHECKED = 10_000
+"""Shards whose size is compared with the index at start; all of them in a set of up to so many."""
+CHECK_THREADS = 16
 
 _MAX_INDEX_BYTES = 1 << 28
 """Some 700,000 shards."""
 _MAX_ROW_BYTES = 1024
 """Of a sidecar: an id, a task and four numbers take some 150."""
 
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*\.tar")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,199}\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COLUMNS = {"id": str, "offset": int, "bytes": int, "seconds": float, "task": str, "text_chars": int}
 
@@ -54,33 +59,6 @@ class FeatureInfo:
     """E, the width of a frame."""
     rate: int
     """Frames a second."""
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """One shard, as the index tells it."""
-
-    name: str
-    samples: int
-    bytes: int
-    """Size of the tar."""
-    seconds: float
-    """Audio in it."""
-    sha256: str
-    samples_sha256: str
-    """Hash of the sidecar."""
-    tasks: dict[str, int]
-    """Samples of each task."""
-
-    @property
-    def sidecar(self) -> str:
-        """Name of the file with the columns."""
-        return self.name.removesuffix(".tar") + ".samples.json"
-
-    @property
-    def tar(self) -> PinnedFile:
-        """The shard as a file."""
-        return PinnedFile(self.name, self.bytes, self.sha256)
 
 
 @dataclass(frozen=True)
@@ -103,7 +81,7 @@ class ShardIndex:
     """A folder of shards. Small to pickle, safe to share between processes: it holds no open file."""
 
     folder: Folder | JoinedFolder
-    shards: tuple[ShardEntry, ...]
+    shards: ShardEntries
     samples: int
     seconds: float
     tasks: dict[str, int]
@@ -113,7 +91,9 @@ class ShardIndex:
 
     @staticmethod
     def load(path: str | os.PathLike[str], data: DataConfig = DataConfig()) -> ShardIndex:  # noqa: B008
-        """Read and check the `index.json` of a folder, and in a local one the size of every shard.
+        """Read and check the `index.json` of a folder, and in a local one the size of the shards.
+
+        Of more than MOST_CHECKED shards, every second (third …) is looked at; one that is cut short shows when read.
 
         Args:
             path: what `data.train[i].path` may be (see sources.py); several folders are read as one set.
@@ -126,6 +106,11 @@ class ShardIndex:
         """
         indexes = [_load_folder(open_folder(address, data)) for address in set_addresses(os.fspath(path))]
         return indexes[0] if len(indexes) == 1 else _join(os.fspath(path), indexes)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples of each shard, int64 [shards]."""
+        return self.shards.samples
 
     @property
     def fingerprint(self) -> str:
@@ -183,10 +168,14 @@ def _load_folder(folder: Folder) -> ShardIndex:
     except ShardError as error:
         raise ShardError(f"{where}: {error}") from None
     index = _index_from_json(folder, _load_json(where, text))
-    for shard in index.shards:
-        folder.check(shard.name, shard.bytes)
-        folder.check(shard.sidecar, None)
+    with ThreadPool(CHECK_THREADS) as pool:  # on a shared folder each look takes a round trip
+        pool.map(partial(_check_files, folder), index.shards[:: -(-len(index.shards) // MOST_CHECKED)])
     return index
+
+
+def _check_files(folder: Folder, entry: ShardEntry) -> None:
+    folder.check(entry.name, entry.bytes)
+    folder.check(entry.sidecar, None)
 
 
 def _join(address: str, indexes: list[ShardIndex]) -> ShardIndex:
@@ -198,7 +187,7 @@ def _join(address: str, indexes: list[ShardIndex]) -> ShardIndex:
                              f"{first.folder}; write one of them anew, or give each a set of its own")
     return ShardIndex(
         folder=JoinedFolder(address, tuple(locate(index.folder, "")[0] for index in indexes)),
-        shards=tuple(replace(shard, name=f"{number}/{shard.name}")
+        shards=ShardEntries(replace(shard, name=f"{number}/{shard.name}")
                      for number, index in enumerate(indexes) for shard in index.shards),
         samples=sum(index.samples for index in indexes),
         seconds=sum(index.seconds for index in indexes),
@@ -215,14 +204,14 @@ def _index_from_json(folder: Folder, data: Any) -> ShardIndex:
     if version != FORMAT_VERSION:
         raise ShardError(f"{file}: key 'format_version': {version}, this code reads {FORMAT_VERSION}")
     rows = _get(data, "shards", list, where)
-    shards = tuple(_entry_from_json(row, f"{file}: shards[{i}]") for i, row in enumerate(rows))
-    if not shards:
+    entries = [_entry_from_json(row, f"{file}: shards[{i}]") for i, row in enumerate(rows)]
+    if not entries:
         raise ShardError(f"{file}: key 'shards' is empty")
-    if len({shard.name for shard in shards}) != len(shards):
+    if len({entry.name for entry in entries}) != len(entries):
         raise ShardError(f"{file}: key 'shards': a name comes twice")
     index = ShardIndex(
         folder=folder,
-        shards=shards,
+        shards=ShardEntries(entries),
         samples=_get(data, "samples", int, where),
         seconds=_get(data, "seconds", float, where),
         tasks=_counts(data, "tasks", where),
@@ -230,8 +219,10 @@ def _index_from_json(folder: Folder, data: Any) -> ShardIndex:
         skipped=_get(data, "skipped", int, where),
         features=_features_from_json(data.get("features"), where),
     )
-    totals = sum((Counter(shard.tasks) for shard in shards), Counter())
-    if index.samples != sum(shard.samples for shard in shards) or index.tasks != dict(totals):
+    totals: Counter[str] = Counter()
+    for entry in entries:
+        totals.update(entry.tasks)
+    if index.samples != sum(entry.samples for entry in entries) or index.tasks != dict(totals):
         raise ShardError(f"{file}: keys 'samples' and 'tasks' are not the sums over 'shards'; write it anew")
     return index
 

@@ -115,7 +115,7 @@ class Listen(nn.Module):
 
     def frames(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Encoder frames [B, F, E] and their true numbers [B]: stored ones, or from the frozen encoder."""
-        audio, lengths = batch.audio.to(self.device), batch.audio_lengths.to(self.device)
+        audio, lengths = (tensor.to(self.device, non_blocking=True) for tensor in (batch.audio, batch.audio_lengths))
         return (audio, lengths) if batch.is_features else self.encoder(audio, lengths)
 
     def _embed(self, texts: list[Sequence[int]]) -> list[torch.Tensor]:
@@ -138,7 +138,9 @@ class Listen(nn.Module):
             batch: targets empty.
             k: prompts a row.
             limits: most tokens of each row's answer.
-            options: for Hugging Face's `generate` (num_beams …).
+            options: for Hugging Face's `generate` (num_beams …). `synced_gpus` is False by default (Hugging
+                Face would make ranks wait for each other under FSDP): right while weights are whole. With
+                sharded weights every rank must call this alike, with synced_gpus=True.
 
         Returns:
             token ids of each row up to EOS (without it), and the match.
@@ -148,7 +150,8 @@ class Listen(nn.Module):
         out = self.llm.generate(  # type: ignore[operator]
             inputs_embeds=embeds, attention_mask=mask, do_sample=False, eos_token_id=self.frame.eos,
             pad_token_id=self.frame.pad, max_new_tokens=max(limits) + 1,
-            logits_processor=LogitsProcessorList([_RowLimits(limits, self.frame.eos)]), **options)
+            logits_processor=LogitsProcessorList([_RowLimits(limits, self.frame.eos)]),
+            **{"synced_gpus": False, **options})
         return [_until(row, self.frame.eos) for row in out.tolist()], matched
 
 

@@ -11,7 +11,7 @@ import torch
 
 from listen_dist.config import EvalConfig
 from listen_dist.data.loader import BatchReader
-from listen_dist.data.schedule import SampleRef
+from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.evaluation.decoding import choose, decode
 from listen_dist.models.llm import load_llm

@@ -85,7 +85,7 @@ def test_http_gives_the_samples_of_the_folder_with_one_range_request_each(nginx:
     assert same(everything(index), everything(local))
     ranges = [f"{start}-{start + size - 1}" for table in tables
               for start, size in zip(table.offset, table.bytes, strict=True)]
-    assert [(status, asked) for status, asked, _ in nginx.requests()] == [(206, asked) for asked in ranges]
+    assert [(status, asked) for status, asked, _ in nginx.requests(12)] == [(206, asked) for asked in ranges]
     index.verify()
 
 
@@ -168,7 +168,7 @@ def test_a_dropped_connection_goes_on_at_the_byte_reached(nginx: Nginx, proxy: F
     folder = HttpFolder(proxy.url("a"), 4, 20.0)
     end = 5_000 + 100_000
     assert folder.read_range(file, 5_000, 100_000) == content[5_000:end]
-    starts, ends = zip(*(map(int, asked.split("-")) for _, asked, _ in nginx.requests()), strict=True)
+    starts, ends = zip(*(map(int, asked.split("-")) for _, asked, _ in nginx.requests(4)), strict=True)
     assert set(ends) == {end - 1} and len(pauses) == 4
     # What the proxy let through (the second time not even the request), less an answer's head each time.
     reached = [5_000, 25_000, 55_000, 57_000]
@@ -177,9 +177,9 @@ def test_a_dropped_connection_goes_on_at_the_byte_reached(nginx: Nginx, proxy: F
 
 def test_a_busy_server_is_asked_again(nginx: Nginx) -> None:
     folder, content = HttpFolder(nginx.url("busy/b"), 4, 20.0), (nginx.root / "b/index.json").read_bytes()
-    for _ in range(20):  # nginx refuses what comes within half a second of the last
+    for number in range(1, 21):  # nginx refuses what comes within half a second of the last
         assert folder.read_file("index.json", 10**6) == content
-        if 503 in (statuses := [status for status, _, _ in nginx.requests()]):
+        if 503 in (statuses := [status for status, _, _ in nginx.requests(number)]):
             break
     assert 503 in statuses and statuses[-1] == 200
 
@@ -190,7 +190,7 @@ def test_pauses_double_and_the_error_names_shard_and_cause(nginx: Nginx, pauses:
                                           r"last at byte 0: HTTP 500 Internal Server Error\. Start again"):
         HttpFolder(nginx.url("broken"), 5, 20.0).read_range(file, 0, 9)
     assert all(0.75 * 0.5 * 2**i <= pause <= 0.5 * 2**i for i, pause in enumerate(pauses)) and len(pauses) == 5
-    assert len(nginx.requests()) == 6
+    assert len(nginx.requests(6)) == 6
     with pytest.raises(SourceError, match=r"closed/shard-000000\.tar: 2 tries .*RemoteDisconnected"):
         HttpFolder(nginx.url("closed"), 1, 20.0).read_range(file, 0, 9)
     with pytest.raises(SourceError, match=r"127\.0\.0\.1:1/shard-000000\.tar: 2 tries .*Connection refused"):
@@ -213,7 +213,7 @@ def test_a_slow_server_is_waited_for(nginx: Nginx) -> None:
     size = 160 * 1024  # 64 KiB a second: longer than the time-out, but never silent for so long
     file = remote.PinnedFile("shard-000000.tar", len(content), "")
     assert HttpFolder(nginx.url("slow/a"), 0, 1.5).read_range(file, 0, size) == content[:size]
-    assert [status for status, _, _ in nginx.requests()] == [206]
+    assert [status for status, _, _ in nginx.requests(1)] == [206]
 
 
 def test_what_no_retry_mends(nginx: Nginx, pauses: list[float], tmp_path: Path) -> None:
@@ -260,13 +260,13 @@ def test_four_processes_fetch_each_shard_once(nginx: Nginx, tmp_path: Path) -> N
     for child in children:
         child.join(90)
         assert child.exitcode == 0
-    tars = sorted(path for status, _, path in nginx.requests() if path.endswith(".tar"))
+    tars = sorted(path for status, _, path in nginx.requests(3) if path.endswith(".tar"))
     assert tars == [f"/a/shard-{number:06d}.tar" for number in range(3)]
     assert {p.stem for p in (tmp_path / "cache").glob("*.tar")} == {shard.sha256 for shard in index.shards}
     nginx.forget()
     assert same(everything(index), everything(ShardIndex.load(nginx.root / "a")))
     cached(nginx, tmp_path / "cache").shard_table(0)
-    assert [path for _, _, path in nginx.requests()] == ["/a/index.json"]  # the rest is here
+    assert [path for _, _, path in nginx.requests(1)] == ["/a/index.json"]  # the rest is here
 
 
 def test_the_cache_keeps_its_limit_and_drops_what_was_used_longest_ago(nginx: Nginx, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_killed_download_goes_on_and_a_wrong_one_is_refused(nginx: Nginx, tmp_
     part.write_bytes(good[:30_000])
     nginx.forget()
     index.read_sample(0, 0)
-    assert nginx.requests() == [(206, f"30000-{entry.bytes - 1}", "/a/shard-000000.tar")] and not part.exists()
+    assert nginx.requests(1) == [(206, f"30000-{entry.bytes - 1}", "/a/shard-000000.tar")] and not part.exists()
     copy = tmp_path / f"{entry.sha256}.tar"
     assert copy.read_bytes() == good
     copy.write_bytes(good[:-1])  # a disk that lost the end: fetched again
@@ -307,7 +307,7 @@ def test_a_killed_download_goes_on_and_a_wrong_one_is_refused(nginx: Nginx, tmp_
     for _ in range(3):
         with pytest.raises(ShardError, match=r"shard-000000\.tar: sample .*sha256 differs from the index"):
             index.read_sample(0, 0)
-    assert len(nginx.requests()) == 1 and not part.exists() and not copy.exists()
+    assert len(nginx.requests(1)) == 1 and not part.exists() and not copy.exists()
 
 
 def test_the_cache_serves_where_ranges_are_not_honoured(nginx: Nginx, proxy: FaultyProxy, pauses: list[float],
@@ -319,7 +319,7 @@ def test_the_cache_serves_where_ranges_are_not_honoured(nginx: Nginx, proxy: Fau
     proxy.faults = [50_000]  # what had come is asked for again, and left out
     index.read_sample(0, 0)
     assert (tmp_path / f"{index.shards[0].sha256}.tar").read_bytes() == (nginx.root / "a/shard-000000.tar").read_bytes()
-    assert len(pauses) == 1
+    assert len(pauses) == 1 and [path for _, _, path in nginx.requests(4)][-2:] == ["/whole/a/shard-000000.tar"] * 2
 
 
 def test_a_cache_that_can_not_be_written_is_named(nginx: Nginx, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from listen_dist.data.loader import BatchReader
-from listen_dist.data.schedule import SampleRef
+from listen_dist.data.mixture import SampleRef
 from listen_dist.engine import warm_start
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.structures import Batch
