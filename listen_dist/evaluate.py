@@ -137,7 +137,8 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
             partial = out / f"partial.{split}"
             predictions, skipped = decode_split(decoder, sets, origin, partial)
             suffix = "" if len(splits) == 1 else f".{split}"
-            facts = {"step": state.step, **origin, "ranks": dist.world_size(), "llm": "whole" if whole else "sharded"}
+            facts = {"step": state.step, **origin, "k": parts.model.pool.prompt_tokens(config.pool.k),
+                     "ranks": dist.world_size(), "llm": "whole" if whole else "sharded"}
             on_main(score_and_write, out, suffix, facts, saved, predictions, skipped)
             on_main(files.clear, partial)
     return 0

@@ -29,7 +29,7 @@ from listen_dist.data.loader import find_filler, training_steps
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint
-from listen_dist.engine.assembly import Parts, assemble
+from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
 from listen_dist.engine.checkpoint import CheckpointError, TrainState
 from listen_dist.engine.meter import Meter
 from listen_dist.engine.optim import build_optimizer
@@ -92,6 +92,7 @@ def set_up(config: Config, device: torch.device) -> Run:
     if not config.data.train:
         raise ConfigError("data.train: no set to train on; name a folder of shards")
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    config = with_pool_tasks(config)
     found = find_resume(config)
     parts = assemble(config, device)
     replicated = ReplicatedTrainables(parts.model.trainable)
@@ -126,7 +127,7 @@ def clips_of_any_rank(parts: Parts) -> Iterator[Batch]:
     data = parts.config.data
     reader = parts.reader(data.train, with_targets=True)
     steps = training_steps(
-        reader, parts.mixture(reader), parts.token_cost(0), replace(data, workers=0), parts.config.train.seed,
+        reader, parts.mixture(reader), parts.training_cost(), replace(data, workers=0), parts.config.train.seed,
         per_step=1, rank=0, world_size=1, start=LoaderState())
     return (batch for batches, _ in steps for batch in batches)
 
@@ -135,16 +136,17 @@ def summarize(run: Run) -> None:
     """Say what learns, what lies on each rank, and what memory is planned."""
     model, config = run.parts.model, run.config
     size = llm_size(config.model.llm)
-    pool, projector = count(model.pool), count(model.projector)
+    pool, projector, learned = count(model.pool), count(model.projector), count(model.trainable)
     frozen_projector = " (frozen)" if config.projector.freeze else ""
     held = dist.gather_objects(run.parts.sharding.bytes_held())
-    logger.info("learned parameters: pool %s (%.3f %% of the LLM), projector %s%s", f"{pool:,}",
-                100 * pool / size.parameters, f"{projector:,}", frozen_projector)
+    adapters = f", LoRA {learned - pool - projector:,}" if config.lora.rank else ""
+    logger.info("learned parameters: pool %s (%.3f %% of the LLM), projector %s%s%s", f"{pool:,}",
+                100 * pool / size.parameters, f"{projector:,}", frozen_projector, adapters)
     logger.info("frozen parameters: LLM %s, speech encoder %s", f"{size.parameters:,}", f"{count(model.encoder):,}")
     for rank, size_held in enumerate(held):
         logger.info("rank %d of %d holds %.1f MiB of the LLM (parallel.llm = %s), all of the rest, on %s",
                     rank, len(held), size_held / 2**20, config.parallel.llm, model.device)
-    plan = plan_memory(config, size, dist.world_size(), count(model.encoder), pool + projector)
+    plan = plan_memory(config, size, dist.world_size(), count(model.encoder), learned)
     for line in plan.lines():
         logger.info(line)
 
@@ -157,7 +159,7 @@ def train(run: Run) -> None:
     for line in mixture.describe():
         logger.info(line)
     per_step = config.train.batches_per_step or dist.world_size()
-    steps = training_steps(reader, mixture, run.parts.token_cost(config.pool.k_max), config.data, config.train.seed,
+    steps = training_steps(reader, mixture, run.parts.training_cost(), config.data, config.train.seed,
                            per_step, dist.rank(), dist.world_size(), run.state.loader,
                            pin_memory=model.device.type == "cuda")
     meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from listen_dist import dist
@@ -38,7 +39,7 @@ class Meter:
     def _clear(self) -> None:
         self._sums = dict.fromkeys(_FIELDS, torch.zeros((), dtype=torch.float64, device=self._device))
         self._task_sums = torch.zeros(len(self._tasks), 2, dtype=torch.float64, device=self._device)
-        self._usage = torch.zeros(self._prompts, dtype=torch.float64, device=self._device)
+        self._usage = torch.zeros(len(self._tasks), self._prompts, dtype=torch.float64, device=self._device)
         self._waiting = 0.0
         self._step_tokens: list[int] = []
         self._start = time.perf_counter()
@@ -64,9 +65,9 @@ class Meter:
             count("input_tokens", out.input_tokens)
             count("padded_tokens", out.padded_tokens)
             count("seconds", sum(batch.seconds))
-            chosen = out.prompt_indices.flatten()
-            self._usage += torch.bincount(chosen[chosen >= 0], minlength=self._prompts)
             place = torch.tensor([self._tasks.index(task) for task in batch.tasks], device=self._device)
+            cells = (place[:, None] * self._prompts + out.prompt_indices)[out.prompt_indices >= 0]
+            self._usage += torch.bincount(cells, minlength=self._usage.numel()).view_as(self._usage)
             sizes = torch.tensor([len(ids) for ids in batch.target_ids], device=self._device)
             self._task_sums.index_add_(0, place, torch.stack([out.row_loss, sizes], dim=1).double())
 
@@ -77,13 +78,13 @@ class Meter:
         # A row a rank; the others' rows are zero here and come by the sum.
         step_tokens = torch.zeros(dist.world_size(), len(self._step_tokens), dtype=torch.float64, device=self._device)
         step_tokens[dist.rank()] = torch.tensor(self._step_tokens)
-        flat = torch.cat([torch.stack(list(self._sums.values())), self._task_sums.flatten(), self._usage,
+        flat = torch.cat([torch.stack(list(self._sums.values())), self._task_sums.flatten(), self._usage.flatten(),
                           step_tokens.flatten()])
         values = dist.sum_(flat).tolist()
         sums = dict(zip(_FIELDS, values, strict=False))
         tasks = values[len(_FIELDS) : len(_FIELDS) + 2 * len(self._tasks)]
         usage_end = len(values) - step_tokens.numel()
-        usage = values[len(_FIELDS) + 2 * len(self._tasks) : usage_end]
+        usage = np.array(values[len(_FIELDS) + 2 * len(self._tasks) : usage_end]).reshape(self._usage.shape)
         self._clear()
         self.skipped += int(sums["skipped"])
         seconds = sums["elapsed"] / dist.world_size()
@@ -99,7 +100,8 @@ class Meter:
             "padding_share": 1 - sums["input_tokens"] / max(1.0, sums["padded_tokens"]),
             "token_imbalance": imbalance(torch.tensor(values[usage_end:]).view(dist.world_size(), -1)),
             "waiting_share": sums["waiting"] / max(1e-9, sums["elapsed"]),
-            "effective_prompts": effective_number(usage),
+            "effective_prompts": effective_number(usage.sum(0)),
+            "unused_prompts": float((usage.sum(0) == 0).mean()),
             "skipped_samples": float(self.skipped),
             "elapsed_seconds": self.elapsed,
             "skipped_steps": sums["steps_left_out"] / dist.world_size(),
@@ -107,13 +109,15 @@ class Meter:
         for i, task in enumerate(self._tasks):
             if tasks[2 * i + 1]:
                 metrics[f"loss_{task}"] = tasks[2 * i] / tasks[2 * i + 1]
+                metrics[f"effective_prompts_{task}"] = effective_number(usage[i])
         return metrics
 
 
-def effective_number(usage: list[float]) -> float:
-    """exp(entropy) of a usage histogram: how many prompts are in use, 1 … N."""
-    total = sum(usage)
-    return math.exp(-sum(u / total * math.log(u / total) for u in usage if u)) if total else 0.0
+def effective_number(usage: np.ndarray | Sequence[float]) -> float:
+    """exp(entropy) of a usage histogram [N]: how many prompts are in use, 1 … N; 0 where none is."""
+    counts = np.asarray(usage, dtype=float)
+    share = counts[counts > 0] / max(1e-300, counts.sum())
+    return float(np.exp(-(share * np.log(share)).sum())) if len(share) else 0.0
 
 
 def imbalance(tokens: torch.Tensor) -> float:
