@@ -134,7 +134,9 @@ class TrainConfig:
     warmup_steps: int = 3000
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = 0.05
-    """On matrices of the projector; never on norms, biases or the pool."""
+    """On matrices of the projector; never on norms and biases."""
+    decay_pool: bool = False
+    """Weight decay on the pool's keys and values too."""
     beta1: float = 0.9
     beta2: float = 0.999
     clip_norm: float = 1.0
@@ -147,6 +149,8 @@ class TrainConfig:
     """Checkpoints kept (the newest ones)."""
     checksum_every: int = 100
     """Steps between two proofs that all ranks hold the same trainables."""
+    max_skipped_in_a_row: int = 10
+    """Stop after so many steps in a row with a non-finite loss or gradient (each is left out on all ranks)."""
     resume: Literal["auto", "never"] = "auto"
     """`auto`: go on from the newest checkpoint in `run_dir`, if there is one."""
 
@@ -159,6 +163,16 @@ class ParallelConfig:
     """Gathered LLM parameters held at once (ZeRO-3), beside the layer at work."""
     timeout_minutes: float = 30.0
     """A collective that takes longer ends the run."""
+    stuck_minutes: float = 0
+    """Without progress for so long, every rank writes its Python stacks and the log names the rank that holds the
+    others up; 0: a third of `timeout_minutes`. Give it more than a step takes."""
+    health_check: bool = False
+    """Measure the bandwidth between every two nodes at the start, to find the slow host."""
+
+    @property
+    def stuck_seconds(self) -> float:
+        """Seconds without progress until the watchdog speaks."""
+        return 60 * (self.stuck_minutes or self.timeout_minutes / 3)
 
 
 @dataclass(frozen=True)
@@ -319,6 +333,7 @@ AT_LEAST = {
     "pool.prompts": 1, "projector.window": 0.02, "projector.hidden": 1, "projector.layers": 1, "projector.heads": 1,
     "train.max_steps": 1, "train.log_every": 1, "train.save_every": 1, "train.keep": 1, "train.checksum_every": 1,
     "train.batches_per_step": 0, "train.max_minutes": 0, "train.warmup_steps": 0, "train.weight_decay": 0,
+    "train.max_skipped_in_a_row": 1,
     "train.clip_norm": 0, "train.min_learning_rate": 0, "data.batch_tokens": 32, "data.window": 1, "data.workers": 0,
     "data.max_target_tokens": 2, "data.max_bad_fraction": 0, "parallel.max_live_parameters": 0,
     "eval.beams": 1, "eval.batch_tokens": 32, "eval.limit": 0,
@@ -361,8 +376,10 @@ def check(config: Config) -> None:
         for i, entry in enumerate(getattr(data, split)):
             _require(bool(entry.path), f"data.{split}[{i}].path", entry.path, "must be set")
             _require(entry.weight > 0, f"data.{split}[{i}].weight", entry.weight, "must be positive")
-    _require(config.parallel.timeout_minutes > 0, "parallel.timeout_minutes", config.parallel.timeout_minutes,
-             "must be positive")
+    parallel = config.parallel
+    _require(parallel.timeout_minutes > 0, "parallel.timeout_minutes", parallel.timeout_minutes, "must be positive")
+    _require(0 <= parallel.stuck_minutes < parallel.timeout_minutes, "parallel.stuck_minutes", parallel.stuck_minutes,
+             f"must be below parallel.timeout_minutes = {parallel.timeout_minutes}, 0 or more")
 
 
 def _require(holds: bool, key: str, value: object, what: str) -> None:

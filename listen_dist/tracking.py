@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import queue
@@ -30,15 +31,26 @@ class JsonlTracker:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         before = path.read_bytes() if path.is_file() else b""
-        self._file = path.open("a", buffering=1)
-        if before and not before.endswith(b"\n"):  # cut short by a kill; it must not swallow the next line
-            self._file.write("\n")
+        self._path = path
+        self._file = io.TextIOWrapper(path.open("ab", buffering=0), write_through=True)
+        # One that was cut short by a kill must not swallow the next line.
+        self._unfinished = "\n" if before and not before.endswith(b"\n") else ""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n"
+        try:
+            self._file.write(self._unfinished + line)
+            self._unfinished = ""
+        except OSError as error:  # a full disk
+            if not self._unfinished:
+                logger.warning("%s: %s; metrics are lost until there is room again", self._path, error)
+            self._unfinished = "\n"  # part of the line may stand there
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            logger.warning("%s: %s", self._path, error)
 
 
 class MlflowTracker:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -147,8 +148,15 @@ def find_filler(reader: BatchReader) -> Batch:
     raise ShardError(f"none of the first samples of {reader.indexes[0].folder} can be used, the last because: {reason}")
 
 
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Launchers and Ctrl-C signal the workers too, while the trainer still needs them to finish its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _data_loader(reader: BatchReader, sampler: object, workers: int) -> DataLoader[Batch]:
     return DataLoader(reader, sampler=sampler, batch_size=None, num_workers=workers,  # type: ignore[arg-type]
                       prefetch_factor=4 if workers else None, persistent_workers=workers > 0,
+                      worker_init_fn=leave_signals_to_the_trainer,
                       # Forked children of a process that runs gloo or CUDA threads can hang.
                       multiprocessing_context="spawn" if workers else None)

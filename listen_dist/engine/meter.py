@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -22,10 +24,12 @@ class Meter:
     Args:
         prompts: N, to count how often each prompt is used.
         device: where the sums live.
-        skipped: samples skipped before this process started.
+        skipped: samples skipped until the last report before this process started.
+        start: the sums since that report, from `state`.
     """
 
-    def __init__(self, prompts: int, device: torch.device, skipped: int = 0) -> None:
+    def __init__(self, prompts: int, device: torch.device, skipped: int = 0,
+                 start: Mapping[str, Any] | None = None) -> None:
         self._tasks = list(TASKS)
         self._prompts = prompts
         self._device = device
@@ -34,6 +38,8 @@ class Meter:
         self.elapsed = 0.0
         """Seconds reported so far, the mean over ranks."""
         self._clear()
+        if start:
+            self._go_on(start)
 
     def _clear(self) -> None:
         self._sums = dict.fromkeys(_FIELDS, torch.zeros((), dtype=torch.float64, device=self._device))
@@ -41,6 +47,26 @@ class Meter:
         self._usage = torch.zeros(self._prompts, dtype=torch.float64, device=self._device)
         self._waiting = 0.0
         self._start = time.perf_counter()
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        """Take up earlier sums; they are of all ranks together, so one rank alone does."""
+        self.elapsed = -state["sums"]["elapsed"]  # counts this process's time only
+        for field in ("elapsed", "waiting"):
+            self._sums[field] = self._sums[field] + state["sums"][field]
+        if dist.is_main():
+            for field in (name for name in state["sums"] if name not in ("elapsed", "waiting")):
+                self._sums[field] = self._sums[field] + state["sums"][field]
+            for task, sums in state["tasks"].items():
+                self._task_sums[self._tasks.index(task)] = torch.tensor(sums, dtype=torch.float64)
+            self._usage += torch.tensor(state["usage"], device=self._device)
+
+    def state(self) -> dict[str, Any]:
+        """The sums of all ranks since the last report, for a checkpoint: a run that is resumed between two
+        reports reports what the unbroken one would. Every rank must call it."""
+        sums, tasks, usage = self._joined()
+        for field in ("elapsed", "waiting"):
+            sums[field] /= dist.world_size()
+        return {"sums": sums, "tasks": tasks, "usage": usage}
 
     def waited(self, seconds: float) -> None:
         """The loader let the step wait for so long."""
@@ -52,7 +78,8 @@ class Meter:
             self._sums[field] = self._sums[field] + value
 
         count("skipped", sum(len(batch.skipped) for batch in batches))
-        count("steps_left_out", (~result.applied).double())
+        if dist.is_main():  # all ranks leave out the same steps
+            count("steps_left_out", float(not result.applied))
         for batch, out in result.outputs:
             count("token_loss", out.token_loss_sum.detach())
             count("tokens", out.target_tokens)
@@ -68,15 +95,22 @@ class Meter:
             sizes = torch.tensor([len(ids) for ids in batch.target_ids], device=self._device)
             self._task_sums.index_add_(0, place, torch.stack([out.row_loss, sizes], dim=1).double())
 
-    def report(self) -> dict[str, float]:
-        """Join the sums of all ranks, clear them, and turn them into metrics. Every rank must call it."""
+    def _joined(self) -> tuple[dict[str, float], dict[str, list[float]], list[float]]:
+        """Over all ranks: the sums; loss and tokens of each task that was there; how often each prompt was used."""
+        now = time.perf_counter()
         self._sums["waiting"] = self._sums["waiting"] + self._waiting
-        self._sums["elapsed"] = self._sums["elapsed"] + (time.perf_counter() - self._start)
+        self._sums["elapsed"] = self._sums["elapsed"] + (now - self._start)
+        self._waiting, self._start = 0.0, now
         flat = torch.cat([torch.stack(list(self._sums.values())), self._task_sums.flatten(), self._usage])
         values = dist.sum_(flat).tolist()
         sums = dict(zip(_FIELDS, values, strict=False))
-        tasks = values[len(_FIELDS) : len(_FIELDS) + 2 * len(self._tasks)]
-        usage = values[len(_FIELDS) + 2 * len(self._tasks) :]
+        pairs = values[len(_FIELDS) : len(_FIELDS) + 2 * len(self._tasks)]
+        tasks = {task: pairs[2 * i : 2 * i + 2] for i, task in enumerate(self._tasks) if pairs[2 * i + 1]}
+        return sums, tasks, values[len(_FIELDS) + 2 * len(self._tasks) :]
+
+    def report(self) -> dict[str, float]:
+        """Join the sums of all ranks, clear them, and turn them into metrics. Every rank must call it."""
+        sums, tasks, usage = self._joined()
         self._clear()
         self.skipped += int(sums["skipped"])
         seconds = sums["elapsed"] / dist.world_size()
@@ -94,12 +128,9 @@ class Meter:
             "effective_prompts": effective_number(usage),
             "skipped_samples": float(self.skipped),
             "elapsed_seconds": self.elapsed,
-            "skipped_steps": sums["steps_left_out"] / dist.world_size(),
+            "skipped_steps": sums["steps_left_out"],
         }
-        for i, task in enumerate(self._tasks):
-            if tasks[2 * i + 1]:
-                metrics[f"loss_{task}"] = tasks[2 * i] / tasks[2 * i + 1]
-        return metrics
+        return metrics | {f"loss_{task}": loss / tokens for task, (loss, tokens) in tasks.items()}
 
 
 def effective_number(usage: list[float]) -> float:
