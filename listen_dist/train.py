@@ -32,6 +32,7 @@ from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.engine.checkpoint import CheckpointError, TrainState
+from listen_dist.engine.health import report_links
 from listen_dist.engine.meter import Meter
 from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.replicated import DriftError, ReplicatedTrainables
@@ -40,6 +41,7 @@ from listen_dist.engine.saver import Saver
 from listen_dist.engine.signals import LOST_CONTACT, RESUMABLE, StopRequest
 from listen_dist.engine.step import NonFiniteError, StepResult, train_step
 from listen_dist.engine.warm_start import fit_last_layer
+from listen_dist.engine.watchdog import Watchdog
 from listen_dist.planner import count, llm_size, plan_memory
 from listen_dist.structures import Batch, LoaderState
 
@@ -58,6 +60,7 @@ class Run:
     trackers: tracking.Trackers
     saver: Saver
     stop: StopRequest
+    watchdog: Watchdog
     first_step: int
     """Where this process began; with `started`, for the time left."""
     started: float
@@ -126,8 +129,10 @@ def set_up(config: Config, device: torch.device, stop: StopRequest) -> Run:
         flat = {key: str(value) for part, tree in asdict(config).items() if isinstance(tree, dict)
                 for key, value in ((f"{part}.{name}", v) for name, v in tree.items())}
         trackers = tracking.build_trackers(config, flat)
-    run = Run(config, parts, replicated, optimizer, state, trackers, Saver(Path(config.run_dir) / "checkpoints"), stop,
-              first_step=state.step, started=time.monotonic(), last_step=config.train.max_steps)
+    folder = Path(config.run_dir)
+    run = Run(config, parts, replicated, optimizer, state, trackers, Saver(folder / "checkpoints"), stop,
+              Watchdog(config.parallel.stuck_seconds, folder), first_step=state.step, started=time.monotonic(),
+              last_step=config.train.max_steps)
     summarize(run)
     return run
 
@@ -174,6 +179,7 @@ def train(run: Run) -> None:
     stopping = False
     while run.state.step < run.last_step and not stopping:
         step = run.state.step
+        run.watchdog.beat(step)
         before = time.perf_counter()
         batches, loader_state = next(steps)
         meter.waited(time.perf_counter() - before)
@@ -289,8 +295,11 @@ def run_program(config: Config, stop: StopRequest) -> int:
             logger.info("already trained for %d steps; raise train.max_steps (or train.max_minutes) to go on",
                         run.state.step)
             return 0
+        if config.parallel.health_check:
+            report_links(device)
         run.started = time.monotonic()
-        train(run)
+        with run.watchdog:
+            train(run)
         run.trackers.close()
         if not run.state.finished:
             logger.info("stopped after step %d, which is saved; the same command goes on from there", run.state.step)

@@ -58,7 +58,7 @@ def place_of(frame: FrameType | None) -> tuple[str, bool]:
     innermost, ours = frame, None
     while frame is not None and ours is None:
         name = frame.f_code.co_filename
-        if "/listen_dist/" in name and not name.endswith("/listen_dist/dist.py"):
+        if "listen_dist/" in name and not name.endswith("listen_dist/dist.py"):
             ours = frame
         frame = frame.f_back
     shown = [ours] if ours is innermost or ours is None else [ours, innermost]
@@ -95,8 +95,17 @@ class Watchdog:
             threading.Thread(target=thread, name=thread.__name__, daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError) and dist.lost_contact(error):
+            self._name_the_lost()
         self._closed.set()
+
+    def _name_the_lost(self) -> None:
+        """A collective failed: who is it that stopped answering? A pulse is missed only after a while."""
+        deadline = time.monotonic() + 4 * self._interval
+        while not self.silent() and time.monotonic() < deadline:
+            time.sleep(self._interval / 4)
+        logger.error("lost contact after step %d: %s", self._step, self.diagnosis())
 
     def beat(self, step: int) -> None:
         """Progress was made; long work between two steps (a decoding pass) calls it too."""
@@ -142,8 +151,8 @@ class Watchdog:
     def _write_stacks(self, still: float) -> None:
         try:
             with self._file.open("a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._who}: no progress for {still:.0f} s after step "
-                           f"{self._step}\n")
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._who}: no progress for {still:.0f} s after "
+                           f"step {self._step}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
