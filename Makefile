@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 SETS := asr asr_synthetic language_id speaker_verification speech_qa caption
-.PHONY: help setup models recordings shards train evaluate quickstart demo test lint clean
+.PHONY: help setup models recordings shards train evaluate quickstart demo test faults lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ demo: shards  ## train configs/demo_full.yaml, the same for longer, and score it
 
 test: models recordings lint  ## lint, types, layers and all tests
 	$(BIN)/python -m pytest tests -q
+
+faults: setup  ## kill a small run at 20 random moments and compare it with an unbroken one
+	$(BIN)/python -m tests.distributed.fault_campaign
 
 lint: setup
 	$(BIN)/ruff check .

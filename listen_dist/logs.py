@@ -27,7 +27,9 @@ def setup(log_file: Path | None = None) -> None:
     logger = logging.getLogger("listen_dist")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logger.handlers.clear()
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file is not None and dist.is_main():
         log_file.parent.mkdir(parents=True, exist_ok=True)

@@ -210,8 +210,8 @@ def note_outcome(run: Run, result: StepResult) -> None:
         return
     run.state = replace(state, skipped_steps=state.skipped_steps + 1, skipped_in_a_row=in_a_row)
     file = run.folder / f"nonfinite-rank{dist.rank()}.jsonl"
-    logs.append_lines(file, [json.dumps({"step": state.step, "ids": batch.ids, "loss": float(out.token_loss_sum),
-                                         "match_loss": float(out.match_loss_sum)}) for batch, out in result.outputs])
+    logs.append_lines(file, [json.dumps({"step": state.step, "ids": batch.ids, "loss": out.token_loss_sum.item(),
+                                         "match_loss": out.match_loss_sum.item()}) for batch, out in result.outputs])
     if in_a_row >= limit:
         raise NonFiniteError(
             f"step {state.step}: the loss or the gradient was not finite in {in_a_row} steps in a row "
@@ -298,9 +298,13 @@ def run_program(config: Config, stop: StopRequest) -> int:
         if config.parallel.health_check:
             report_links(device)
         run.started = time.monotonic()
-        with run.watchdog:
-            train(run)
-        run.trackers.close()
+        outcome: tracking.Outcome = "FAILED"
+        try:
+            with run.watchdog:
+                train(run)
+            outcome = "FINISHED" if run.state.finished else "KILLED"
+        finally:
+            run.trackers.close(outcome)
         if not run.state.finished:
             logger.info("stopped after step %d, which is saved; the same command goes on from there", run.state.step)
             return RESUMABLE

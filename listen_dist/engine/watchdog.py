@@ -179,7 +179,8 @@ class Watchdog:
         for rank, pulse in sorted(self._pulses.items()):
             if rank not in culprits:
                 waiting.setdefault(pulse.place, []).append(rank)
-        lines += [f"ranks {_short(ranks)} wait in {place}" for place, ranks in waiting.items()]
+        lines += [f"rank {ranks[0]} waits in {place}" if len(ranks) == 1 else f"ranks {_short(ranks)} wait in {place}"
+                  for place, ranks in waiting.items()]
         return "; ".join(lines)
 
     def _line(self, rank: int, what: str) -> str:

@@ -52,12 +52,12 @@ def run_faulty(tiny_world: tiny.Tiny, folder: Path, fault: str, *more: str) -> l
 def assert_unbroken(folder: Path, unbroken: Path) -> None:
     """The same losses, the same clips in every step, and the same place in the data at the end."""
     ours, theirs = read_metrics(folder / "run"), read_metrics(unbroken / "run")
-    assert sorted(ours) == sorted(theirs) == list(range(1, STEPS + 1))
+    assert sorted(ours) == sorted(theirs) == list(range(1, max(theirs) + 1))
     for step, line in theirs.items():
         assert reported(ours[step]) == reported(line), f"step {step}"
     assert clips(folder) == clips(unbroken), "clips were lost or doubled"
-    last = "run/checkpoints/step-000012"
-    state, expected = (json.loads((path / last / "state.json").read_text()) for path in (folder, unbroken))
+    states = [path / "run/checkpoints" / f"step-{max(theirs):06d}/state.json" for path in (folder, unbroken)]
+    state, expected = (json.loads(path.read_text()) for path in states)
     assert state["loader"] == expected["loader"]
     assert state["sha256"]["trainables.safetensors"] == expected["sha256"]["trainables.safetensors"]
 
@@ -138,12 +138,12 @@ def test_a_stopped_rank_is_named(tiny_world: tiny.Tiny, tmp_path: Path) -> None:
         for rank in ranks:
             rank.kill()
     stopped = rf"rank 1 \(process {ranks[1].pid} on \S+\) does not answer \(dead, stopped or cut off\)"
-    assert re.search(rf"no progress for \d+ s after step 3: {stopped}; it was last at .*; ranks 0 wait in .*:\d+ ",
+    assert re.search(rf"no progress for \d+ s after step 3: {stopped}; it was last at .*; rank 0 waits in .*:\d+ ",
                      ended.output), ended.output[-3000:]
     assert re.search(rf"lost contact after step 3: {stopped}", ended.output)
     assert ended.code == LOST_CONTACT and ended.first_error.startswith("error: a collective failed (")
     stacks = (tmp_path / "run/stacks-rank0.txt").read_text()
-    assert "no progress for" in stacks and "in train_step" in stacks and "distributed_c10d.py" in stacks
+    assert "no progress for" in stacks and "in train_step" in stacks and "in forward" in stacks
 
 
 def test_a_stuck_rank_is_named_and_a_second_signal_leaves_at_once(tiny_world: tiny.Tiny, tmp_path: Path) -> None:
@@ -161,8 +161,8 @@ def test_a_stuck_rank_is_named_and_a_second_signal_leaves_at_once(tiny_world: ti
         for rank in ranks:
             rank.kill()
     assert re.search(r"no progress for \d+ s after step 3: rank 1 \(process \d+ on \S+\) holds the others up; it is at "
-                     r"step\.py:\d+ train_step > fault_worker\.py:\d+ sleep_for_good after step 3; ranks 0 wait in "
-                     r"replicated\.py:\d+ reduce > ", ended.output), ended.output[-3000:]
+                     r"step\.py:\d+ train_step > fault_worker\.py:\d+ sleep_for_good after step 3; rank 0 waits in "
+                     r"listen\.py:\d+ forward > ", ended.output), ended.output[-3000:]
     assert "sleep_for_good" in (tmp_path / "run/stacks-rank1.txt").read_text()
     assert ended.code == RESUMABLE and "SIGTERM: leaving at once" in ended.output
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-000002\n"
