@@ -17,11 +17,12 @@ start_ranks() {
   # shellcheck disable=SC2016  # expanded on the rank, not here
   srun --ntasks-per-node="$per_node" --kill-on-bad-exit=0 --wait=120 --open-mode=append --output="$logs/rank-%t.log" \
     bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' \
-    rank "$PYTHON" -u "$@" || code=$?
+    rank "$PYTHON" -u "$@" 2>> "$logs/srun.log" || code=$?
 }
 
 # report_failure: the reason first, then where to read more.
 report_failure() {
-  grep -h -m 1 '^error:' "$logs"/rank-*.log | sort -u || true
+  grep -h -s -m 1 '^error:' "$logs"/rank-*.log | sort -u || true
+  tail -n 5 "$logs/srun.log"
   echo "failed with code $code; logs of the ranks: $logs"
 }

@@ -112,10 +112,10 @@ class Cluster:
                               capture_output=True, text=True, timeout=60)
         return (done.stdout + done.stderr).strip()
 
-    def submit(self, log: Path, *words: str | Path) -> str:
+    def submit(self, log: Path, *words: str | Path, python: Path = launching.BIN / "python") -> str:
         """sbatch on both nodes; the job's number."""
         return self.call("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}", *words,
-                         extra={"PYTHON": str(launching.BIN / "python"), "LOG_FOLDER": str(log.parent / "ranks")})
+                         extra={"PYTHON": str(python), "LOG_FOLDER": str(log.parent / "ranks")})
 
     def state(self, job: str) -> str:
         return self.call("squeue", "-h", "-j", job, "-t", "all", "-o", "%T")
@@ -125,6 +125,12 @@ class Cluster:
                          for path in sorted(self.folder.glob("*.log")))
 
     def stop(self) -> None:
+        if (self.folder / "slurm.conf").exists():
+            self.call("scancel", "--signal=KILL", "--full", "--user=root")
+            deadline = time.monotonic() + 15
+            while self.call("squeue", "-h") and time.monotonic() < deadline:
+                self.call("scancel", "--user=root")
+                time.sleep(0.3)
         for process in reversed(self._started):
             process.send_signal(signal.SIGTERM)
         for process in self._started:

@@ -61,6 +61,12 @@ class Rank:
         return launching.Finished(self.process.exitcode, self.output)
 
 
+def words(config_file: Path, folder: Path, *more: str) -> list[object]:
+    """The trainer's command line for a run in `folder`/run that saves every second step."""
+    return ["--config", config_file, f"run_dir={folder / 'run'}", "train.batches_per_step=2", "train.save_every=2",
+            *more]
+
+
 def start(world: int, words: Sequence[object], folder: Path, fault: str = "none:0:0") -> list[Rank]:
     """Start the trainer on `world` ranks. Logs and notes of the clips taken go to `folder`.
 

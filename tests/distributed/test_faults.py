@@ -28,8 +28,7 @@ LIMIT = 240.0
 
 
 def words(tiny_world: tiny.Tiny, folder: Path, *more: str) -> list[Any]:
-    return ["--config", tiny_world.config_file, f"run_dir={folder / 'run'}", "train.batches_per_step=2",
-            "train.save_every=2", *more]
+    return fault_worker.words(tiny_world.config_file, folder, *more)
 
 
 def run_faulty(tiny_world: tiny.Tiny, folder: Path, fault: str, *more: str) -> list[launching.Finished]:
@@ -70,14 +69,6 @@ def clips(folder: Path) -> dict[tuple[int, int], list[list[str]]]:
             step, ids = json.loads(line)
             assert found.setdefault((step, rank), ids) == ids
     return found
-
-
-@pytest.fixture(scope="module")
-def unbroken(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken")
-    ended = run_faulty(tiny_world, folder, "none:0:0")
-    assert [one.code for one in ended] == [0, 0], ended[0].output[-3000:] + ended[1].output[-3000:]
-    return folder
 
 
 def test_a_slow_rank_and_a_jumping_clock_change_nothing(tiny_world: tiny.Tiny, unbroken: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import pytest
 from listen_dist.data.shards import ShardIndex
 from tests import launching, slurm_cluster, tiny
 from tests.distributed.test_resume import STEPS, read_metrics, reported
-from tests.fixtures import TrainedRun
 from tests.slurm_cluster import Cluster
 
 pytestmark = pytest.mark.timeout(900)
@@ -51,12 +50,27 @@ def over(cluster: Cluster, job: str) -> Callable[[], bool]:
     return lambda: cluster.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "")
 
 
+SLOW = """#!/bin/sh
+exec {python} -c '
+import sys, time
+from listen_dist import train
+from tests.distributed import fault_worker
+fault_worker.before(fault_worker.Listen, "forward", lambda *_, **__: time.sleep(0.4))
+sys.exit(train.main(sys.argv[3:]))
+' "$@"
+"""
+"""A Python in which the trainer takes longer for each step: there is time for a signal in mid-run."""
+
+
 def test_signalled_and_requeued_the_run_is_the_unbroken_one(cluster: Cluster, tiny_world: tiny.Tiny,
-                                                            trained: TrainedRun, tmp_path: Path) -> None:
+                                                            unbroken: Path, tmp_path: Path) -> None:
     """The signal before the time limit first, then `scontrol requeue`, as a preemption does."""
     log, run = tmp_path / "job.log", tmp_path / "run"
+    slow = tmp_path / "python"
+    slow.write_text(SLOW.format(python=launching.BIN / "python"))
+    slow.chmod(0o755)
     job = cluster.submit(log, SCRIPT, tiny_world.config_file, f"run_dir={run}", "train.batches_per_step=2",
-                         "train.save_every=1000", "parallel.health_check=true")
+                         "train.save_every=1000", "parallel.health_check=true", python=slow)
 
     def reached(step: int) -> Callable[[], bool]:
         return lambda: (run / "metrics.jsonl").is_file() and max(read_metrics(run), default=0) >= step
@@ -74,7 +88,7 @@ def test_signalled_and_requeued_the_run_is_the_unbroken_one(cluster: Cluster, ti
     began = [int(step) for step in re.findall(r"going on from \S+/step-(\d+)", rank)]
     assert len(began) == 2 and began[0] == first < began[1] < STEPS, began
     assert log.read_text().splitlines()[-1] == f"finished; logs of the ranks: {tmp_path / 'ranks' / job}"
-    ours, theirs = read_metrics(run), read_metrics(trained.folder)
+    ours, theirs = read_metrics(run), read_metrics(unbroken / "run")
     assert sorted(ours) == sorted(theirs)
     for step, line in theirs.items():
         assert reported(ours[step]) == reported(line), f"step {step}"
@@ -93,9 +107,9 @@ def test_a_failing_job_says_why_in_its_first_line(cluster: Cluster, tiny_world: 
     assert "failed with code 2" in log.read_text() and cluster.state(job) == "FAILED"
 
 
-def test_evaluate(cluster: Cluster, tiny_world: tiny.Tiny, trained: TrainedRun, tmp_path: Path) -> None:
+def test_evaluate(cluster: Cluster, tiny_world: tiny.Tiny, unbroken: Path, tmp_path: Path) -> None:
     log = tmp_path / "job.log"
-    job = cluster.submit(log, "slurm/evaluate.sh", trained.folder / "config.yaml", "--out", tmp_path / "out")
+    job = cluster.submit(log, "slurm/evaluate.sh", unbroken / "run/config.yaml", "--out", tmp_path / "out")
     until(cluster, job, log, over(cluster, job))
     assert cluster.state(job) == "COMPLETED", log.read_text()
     results: dict[str, Any] = json.loads((tmp_path / "out/results.json").read_text())
