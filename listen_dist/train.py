@@ -28,6 +28,7 @@ from listen_dist import config as configuration
 from listen_dist import dist, logs, tracking
 from listen_dist.config import Config, ConfigError
 from listen_dist.data.loader import find_filler, training_steps
+from listen_dist.data.mixture import Mixture
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint
 from listen_dist.engine.assembly import Parts, assemble
@@ -140,9 +141,10 @@ def set_up(config: Config, device: torch.device, stop: StopRequest) -> Run:
 def clips_of_any_rank(parts: Parts) -> Iterator[Batch]:
     """The training batches in plan order, all of them, alike on every rank."""
     data = parts.config.data
+    reader = parts.reader(data.train, with_targets=True)
     steps = training_steps(
-        parts.reader(data.train, with_targets=True), [entry.weight for entry in data.train], parts.token_cost(0),
-        replace(data, workers=0), parts.config.train.seed, per_step=1, rank=0, world_size=1, start=LoaderState())
+        reader, parts.mixture(reader), parts.token_cost(0), replace(data, workers=0), parts.config.train.seed,
+        per_step=1, rank=0, world_size=1, start=LoaderState())
     return (batch for batches, _ in steps for batch in batches)
 
 
@@ -168,10 +170,13 @@ def train(run: Run) -> None:
     """The loop: take a step's batches, step, now and then report and save. Ends early when asked to stop."""
     config, model = run.config, run.parts.model
     reader = run.parts.reader(config.data.train, with_targets=True)
-    weights = [entry.weight for entry in config.data.train]
+    mixture = run.parts.mixture(reader)
+    for line in mixture.describe():
+        logger.info(line)
     per_step = config.train.batches_per_step or dist.world_size()
-    steps = training_steps(reader, weights, run.parts.token_cost(config.pool.k_max), config.data, config.train.seed,
-                           per_step, dist.rank(), dist.world_size(), run.state.loader)
+    steps = training_steps(reader, mixture, run.parts.token_cost(config.pool.k_max), config.data, config.train.seed,
+                           per_step, dist.rank(), dist.world_size(), run.state.loader,
+                           pin_memory=model.device.type == "cuda")
     meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples, run.state.meter)
     filler = find_filler(reader)
     model.train()
@@ -190,7 +195,7 @@ def train(run: Run) -> None:
         run.state = replace(run.state, step=step + 1, loader=loader_state)
         note_outcome(run, result)
         if run.state.step % config.train.log_every == 0 or run.state.step == run.last_step:
-            report(run, meter, result.rate, float(result.grad_norm))
+            report(run, meter, mixture, result.rate, float(result.grad_norm))
         last, stopping = run.state.step >= run.last_step, result.stop
         if run.state.step % config.train.checksum_every == 0 or last or stopping:
             run.replicated.prove_equal(run.state.step)
@@ -199,6 +204,9 @@ def train(run: Run) -> None:
             save(run)
     # All ranks wait for the last checkpoint: a launcher ends those that are left as soon as one has gone.
     dist.on_main(run.saver.finish)
+    steps.close()  # ends the loader's processes
+    passes = mixture.epochs(run.state.loader.samples)
+    logger.info("gone through: %s", ", ".join(f"{label} {times:.2f} times" for label, times in passes.items()))
 
 
 def note_outcome(run: Run, result: StepResult) -> None:
@@ -220,9 +228,10 @@ def note_outcome(run: Run, result: StepResult) -> None:
             "model.dtype=float32. The last checkpoint is from before")
 
 
-def report(run: Run, meter: Meter, rate: float, grad_norm: float) -> None:
+def report(run: Run, meter: Meter, mixture: Mixture, rate: float, grad_norm: float) -> None:
     """One progress line, the trackers, and the stop when too much of the data is bad."""
     metrics = meter.report() | {"learning_rate": rate, "grad_norm": grad_norm}
+    metrics |= {f"epochs_{label}": times for label, times in mixture.epochs(run.state.loader.samples).items()}
     step, config = run.state.step, run.config
     if metrics["skipped_steps"]:
         logger.warning("step %d: %d steps since the last report had a non-finite loss or gradient and were left out; "

@@ -20,6 +20,8 @@ class Prepared:
     after_ids: list[int]
     target_ids: list[int]
     seconds: float
+    choices: tuple[str, ...] = ()
+    choice_ids: tuple[list[int], ...] = ()
 
 
 def collate(samples: list[Prepared], is_features: bool, skipped: list[SkippedSample]) -> Batch:
@@ -36,5 +38,7 @@ def collate(samples: list[Prepared], is_features: bool, skipped: list[SkippedSam
         target_ids=[sample.target_ids for sample in samples],
         answers=[sample.record.answers for sample in samples],
         seconds=[sample.seconds for sample in samples],
+        choices=[sample.choices for sample in samples],
+        choice_ids=[list(sample.choice_ids) for sample in samples],
         skipped=skipped,
     )

@@ -46,6 +46,7 @@ class Meter:
         self._task_sums = torch.zeros(len(self._tasks), 2, dtype=torch.float64, device=self._device)
         self._usage = torch.zeros(self._prompts, dtype=torch.float64, device=self._device)
         self._waiting = 0.0
+        self._step_tokens: list[int] = []
         self._start = time.perf_counter()
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
@@ -63,7 +64,7 @@ class Meter:
     def state(self) -> dict[str, Any]:
         """The sums of all ranks since the last report, for a checkpoint: a run that is resumed between two
         reports reports what the unbroken one would. Every rank must call it."""
-        sums, tasks, usage = self._joined()
+        sums, tasks, usage, _ = self._joined()
         for field in ("elapsed", "waiting"):
             sums[field] /= dist.world_size()
         return {"sums": sums, "tasks": tasks, "usage": usage}
@@ -80,6 +81,7 @@ class Meter:
         count("skipped", sum(len(batch.skipped) for batch in batches))
         if dist.is_main():  # all ranks leave out the same steps
             count("steps_left_out", float(not result.applied))
+        self._step_tokens.append(sum(out.input_tokens for _, out in result.outputs))
         for batch, out in result.outputs:
             count("token_loss", out.token_loss_sum.detach())
             count("tokens", out.target_tokens)
@@ -95,22 +97,26 @@ class Meter:
             sizes = torch.tensor([len(ids) for ids in batch.target_ids], device=self._device)
             self._task_sums.index_add_(0, place, torch.stack([out.row_loss, sizes], dim=1).double())
 
-    def _joined(self) -> tuple[dict[str, float], dict[str, list[float]], list[float]]:
-        """Over all ranks: the sums; loss and tokens of each task that was there; how often each prompt was used."""
+    def _joined(self) -> tuple[dict[str, float], dict[str, list[float]], list[float], float]:
+        """Over all ranks: the sums; loss and tokens of each task that was there; how often each prompt was used;
+        how unevenly the steps of this process were spread."""
         now = time.perf_counter()
         self._sums["waiting"] = self._sums["waiting"] + self._waiting
         self._sums["elapsed"] = self._sums["elapsed"] + (now - self._start)
         self._waiting, self._start = 0.0, now
-        flat = torch.cat([torch.stack(list(self._sums.values())), self._task_sums.flatten(), self._usage])
-        values = dist.sum_(flat).tolist()
-        sums = dict(zip(_FIELDS, values, strict=False))
-        pairs = values[len(_FIELDS) : len(_FIELDS) + 2 * len(self._tasks)]
-        tasks = {task: pairs[2 * i : 2 * i + 2] for i, task in enumerate(self._tasks) if pairs[2 * i + 1]}
-        return sums, tasks, values[len(_FIELDS) + 2 * len(self._tasks) :]
+        # A row a rank; the others' rows are zero here and come by the sum.
+        step_tokens = torch.zeros(dist.world_size(), len(self._step_tokens), dtype=torch.float64, device=self._device)
+        step_tokens[dist.rank()] = torch.tensor(self._step_tokens)
+        flat = torch.cat([torch.stack(list(self._sums.values())), self._task_sums.flatten(), self._usage,
+                          step_tokens.flatten()])
+        found = dist.sum_(flat).split([len(_FIELDS), 2 * len(self._tasks), self._prompts, step_tokens.numel()])
+        sums = dict(zip(_FIELDS, found[0].tolist(), strict=True))
+        tasks = {task: pair for task, pair in zip(self._tasks, found[1].view(-1, 2).tolist(), strict=True) if pair[1]}
+        return sums, tasks, found[2].tolist(), imbalance(found[3].view(dist.world_size(), -1))
 
     def report(self) -> dict[str, float]:
         """Join the sums of all ranks, clear them, and turn them into metrics. Every rank must call it."""
-        sums, tasks, usage = self._joined()
+        sums, tasks, usage, unevenness = self._joined()
         self._clear()
         self.skipped += int(sums["skipped"])
         seconds = sums["elapsed"] / dist.world_size()
@@ -124,6 +130,7 @@ class Meter:
             "tokens_per_second": sums["input_tokens"] / seconds,
             "audio_seconds_per_second": sums["seconds"] / seconds,
             "padding_share": 1 - sums["input_tokens"] / max(1.0, sums["padded_tokens"]),
+            "token_imbalance": unevenness,
             "waiting_share": sums["waiting"] / max(1e-9, sums["elapsed"]),
             "effective_prompts": effective_number(usage),
             "skipped_samples": float(self.skipped),
@@ -137,3 +144,13 @@ def effective_number(usage: list[float]) -> float:
     """exp(entropy) of a usage histogram: how many prompts are in use, 1 … N."""
     total = sum(usage)
     return math.exp(-sum(u / total * math.log(u / total) for u in usage if u)) if total else 0.0
+
+
+def imbalance(tokens: torch.Tensor) -> float:
+    """By how much the fullest rank's tokens exceed the mean over ranks, averaged over steps; `tokens` [ranks, steps].
+
+    The others wait for the fullest one, so 0.05 means that about 5 % of the time is lost.
+    """
+    if not tokens.numel():
+        return 0.0
+    return float((tokens.amax(0) / tokens.mean(0).clamp(min=1) - 1).mean())
