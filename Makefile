@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 SETS := asr asr_synthetic language_id speaker_verification speech_qa caption
-.PHONY: help setup models recordings shards train evaluate quickstart demo comparison report test ledger lint clean
+.PHONY: help setup models recordings shards train evaluate quickstart demo comparison report test faults ledger lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ report:  ## open the pool of runs/quickstart (or RUN=…): report/report.html in
 
 test: models recordings lint  ## lint, types, layers and all tests
 	$(BIN)/python -m pytest tests -q
+
+faults: setup  ## kill a small run at 20 random moments and compare it with an unbroken one
+	$(BIN)/python -m tests.distributed.fault_campaign
 
 ledger: setup  ## 20 kills over changing ranks and workers: every sample counts exactly once (minutes)
 	LEDGER_KILLS=20 $(BIN)/python -m pytest -q -s tests/distributed/test_ledger.py

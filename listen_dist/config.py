@@ -220,7 +220,9 @@ class TrainConfig:
     warmup_steps: int = 3000
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = 0.05
-    """On matrices of the projector; never on norms, biases, the pool or LoRA."""
+    """On matrices of the projector; never on norms, biases or LoRA."""
+    decay_pool: bool = False
+    """Weight decay on the pool's keys and values too."""
     beta1: float = 0.9
     beta2: float = 0.999
     clip_norm: float = 1.0
@@ -237,6 +239,8 @@ class TrainConfig:
     """Samples of each dev set in them; 0: all."""
     checksum_every: int = 100
     """Steps between two proofs that all ranks hold the same trainables."""
+    max_skipped_in_a_row: int = 10
+    """Stop after so many steps in a row with a non-finite loss or gradient (each is left out on all ranks)."""
     resume: Literal["auto", "never"] = "auto"
     """`auto`: go on from the newest checkpoint in `run_dir`, if there is one."""
 
@@ -255,6 +259,16 @@ class ParallelConfig:
     """Gathered LLM parameters held at once (DeepSpeed), beside the layer at work."""
     timeout_minutes: float = 30.0
     """A collective that takes longer ends the run."""
+    stuck_minutes: float = 0
+    """Without progress for so long, every rank writes its Python stacks and the log names the rank that holds the
+    others up; 0: a third of `timeout_minutes`. Give it more than a step takes."""
+    health_check: bool = False
+    """Measure the bandwidth between every two nodes at the start, to find the slow host."""
+
+    @property
+    def stuck_seconds(self) -> float:
+        """Seconds without progress until the watchdog speaks."""
+        return 60 * (self.stuck_minutes or self.timeout_minutes / 3)
 
 
 @dataclass(frozen=True)
@@ -442,7 +456,7 @@ AT_LEAST = {
     "projector.heads": 1,
     "train.max_steps": 1, "train.log_every": 1, "train.save_every": 1, "train.keep": 1, "train.checksum_every": 1,
     "train.eval_every": 0, "train.eval_limit": 0, "train.batches_per_step": 0, "train.max_minutes": 0,
-    "train.warmup_steps": 0, "train.weight_decay": 0,
+    "train.warmup_steps": 0, "train.weight_decay": 0, "train.max_skipped_in_a_row": 1,
     "train.clip_norm": 0, "train.min_learning_rate": 0, "data.batch_tokens": 32, "data.window": 1, "data.workers": 0,
     "data.max_target_tokens": 2, "data.max_bad_fraction": 0, "data.retries": 0,
     "parallel.max_live_parameters": 0, "parallel.node_size": 0,
@@ -514,8 +528,10 @@ def check(config: Config) -> None:
              "must be positive (1: none)")
     _require(data.cache_gib > 0, "data.cache_gib", data.cache_gib, "must be positive")
     _require(data.timeout_seconds > 0, "data.timeout_seconds", data.timeout_seconds, "must be positive")
-    _require(config.parallel.timeout_minutes > 0, "parallel.timeout_minutes", config.parallel.timeout_minutes,
-             "must be positive")
+    parallel = config.parallel
+    _require(parallel.timeout_minutes > 0, "parallel.timeout_minutes", parallel.timeout_minutes, "must be positive")
+    _require(0 <= parallel.stuck_minutes < parallel.timeout_minutes, "parallel.stuck_minutes", parallel.stuck_minutes,
+             f"must be below parallel.timeout_minutes = {parallel.timeout_minutes}, 0 or more")
 
 
 def _check_augment(data: DataConfig) -> None:
