@@ -58,6 +58,19 @@ def llm_size(path: str) -> LLMSize:
                    config.num_hidden_layers, config.vocab_size)
 
 
+def room_for_whole(config: Config, size: LLMSize) -> int:
+    """Bytes that decoding needs on one rank beyond its shard when the LLM is gathered whole.
+
+    The weights, keys and values of a batch while it decodes (as if grouped queries saved nothing, and once
+    more for what Hugging Face copies when they grow), and one step's logits.
+    """
+    item = 2 if config.model.dtype == "bfloat16" else 4
+    tokens = config.eval.batch_tokens * config.eval.beams
+    cache = 2 * tokens * size.layers * 2 * size.width * item
+    logits = tokens * size.vocabulary // 8 * 4  # a row has eight tokens or more
+    return size.parameters * item + cache + logits
+
+
 def count(module: nn.Module) -> int:
     """Parameters of a module (whole ones; not for a sharded LLM)."""
     return sum(p.numel() for p in module.parameters())

@@ -43,6 +43,7 @@ from listen_dist.engine.signals import LOST_CONTACT, RESUMABLE, StopRequest
 from listen_dist.engine.step import NonFiniteError, StepResult, train_step
 from listen_dist.engine.warm_start import fit_last_layer
 from listen_dist.engine.watchdog import Watchdog
+from listen_dist.evaluation.dev import DevHistory, evaluate_dev
 from listen_dist.planner import count, llm_size, plan_memory
 from listen_dist.structures import Batch, LoaderState
 
@@ -71,6 +72,10 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.config.run_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Config:
@@ -179,6 +184,7 @@ def train(run: Run) -> None:
                            pin_memory=model.device.type == "cuda")
     meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples, run.state.meter)
     filler = find_filler(reader)
+    history, evaluate_every = DevHistory(run.checkpoints, run.state.step), config.train.eval_every
     model.train()
     run.stop.can_wait = True
     stopping = False
@@ -199,7 +205,9 @@ def train(run: Run) -> None:
         last, stopping = run.state.step >= run.last_step, result.stop
         if run.state.step % config.train.checksum_every == 0 or last or stopping:
             run.replicated.prove_equal(run.state.step)
-        if run.state.step % config.train.save_every == 0 or last or stopping:
+        is_best = (bool(evaluate_every) and run.state.step % evaluate_every == 0 and not stopping
+                   and evaluate(run, history))
+        if run.state.step % config.train.save_every == 0 or last or stopping or is_best:
             run.state = replace(run.state, finished=last, meter=meter.state())
             save(run)
     # All ranks wait for the last checkpoint: a launcher ends those that are left as soon as one has gone.
@@ -226,6 +234,18 @@ def note_outcome(run: Run, result: StepResult) -> None:
             f"(train.max_skipped_in_a_row); their clips are named in {run.folder}/nonfinite-rank*.jsonl. "
             "If a few clips recur there, remove them; otherwise lower train.learning_rate, or set "
             "model.dtype=float32. The last checkpoint is from before")
+
+
+def evaluate(run: Run, history: DevHistory) -> bool:
+    """Score the dev sets; whether this step is the best so far in anything."""
+    scores, step = evaluate_dev(run.parts), run.state.step
+    is_best, warnings = history.add(step, scores)
+    run.trackers.log({f"dev/{task}/{score.metric}": score.value for task, score in scores.items()}, step)
+    logger.info("step %d: dev %s%s", step, ", ".join(f"{task} {score.metric} {score.value:.3f}"
+                                                     for task, score in scores.items()), " (a best)" * is_best)
+    for warning in warnings if dist.is_main() else ():
+        logger.warning("step %d: %s", step, warning)
+    return is_best
 
 
 def report(run: Run, meter: Meter, mixture: Mixture, rate: float, grad_norm: float) -> None:

@@ -6,7 +6,7 @@
         config.yaml              the resolved configuration
         state.json               step, loader cursor, sums since the last report, sha256 of the files above
     latest                       the name of the newest complete folder; moved last
-    best                         the name of one that is never dropped, where there is this file
+    best.json                    which steps scored best (see evaluation/dev.py); theirs are never dropped
 
 No frozen weight is in it, and nothing in it can run code. engine/saver.py writes them from a thread.
 """
@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 FREE_TO_CHANGE = ("run_dir", "device", "parallel.", "eval.", "tracking.", "data.test", "data.dev", "data.workers",
                   "data.cache_dir", "data.cache_gib", "data.timeout_seconds", "data.retries",
                   "train.max_steps", "train.max_minutes", "train.log_every", "train.save_every", "train.keep",
-                  "train.checksum_every", "train.resume", "train.max_skipped_in_a_row", "pool.backend", "pool.top_k",
-                  "model.attention")
+                  "train.checksum_every", "train.eval_every", "train.eval_limit", "train.resume",
+                  "train.max_skipped_in_a_row", "pool.backend", "pool.top_k", "model.attention")
 """Keys that may differ between a checkpoint and the run that goes on from it."""
 
 
@@ -115,7 +115,7 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
 
 
 def point(folder: Path, pointer: str, name: str) -> None:
-    """Let `latest` or `best` name another checkpoint of the folder."""
+    """Let a pointer (`latest`) name another checkpoint of the folder."""
     beside = folder / f".{pointer}.tmp"
     _write_synced(beside, f"{name}\n".encode())
     beside.rename(folder / pointer)
@@ -136,7 +136,7 @@ def _drop_old(folder: Path, step: int, keep: int) -> None:
     # Later ones are there when the run went back to an older one: it will write them anew.
     until_now = [path for path in complete(folder) if _step_of(path) <= step]
     for old in until_now[:-keep]:
-        if old.name != _named_by(folder / "best"):
+        if _step_of(old) not in _best_steps(folder):
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -145,6 +145,16 @@ def _named_by(pointer: Path) -> str:
         return pointer.read_text().strip()
     except (OSError, ValueError):
         return ""
+
+
+def _best_steps(folder: Path) -> set[int]:
+    """Steps that best.json names (see evaluation/dev.py), whose checkpoints are kept."""
+    file = folder / "best.json"
+    try:
+        best = json.loads(file.read_text())["best"] if file.is_file() else {}
+    except (OSError, ValueError, KeyError):  # damaged: then only the newest ones are kept
+        best = {}
+    return {entry["step"] for entry in best.values()}
 
 
 def complete(folder: Path) -> list[Path]:
