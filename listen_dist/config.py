@@ -261,7 +261,8 @@ class ParallelConfig:
     """A collective that takes longer ends the run."""
     stuck_minutes: float = 0
     """Without progress for so long, every rank writes its Python stacks and the log names the rank that holds the
-    others up; 0: a third of `timeout_minutes`. Give it more than a step takes."""
+    others up; 0: a third of `timeout_minutes`. Give it more than a step or
+    an evaluation of data.dev takes."""
     health_check: bool = False
     """Measure the bandwidth between every two nodes at the start, to find the slow host."""
 

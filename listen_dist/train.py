@@ -73,6 +73,10 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.run_dir)
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,7 +207,8 @@ def train(run: Run) -> None:
         last, stopping = run.state.step >= run.last_step, result.stop
         if run.state.step % config.train.checksum_every == 0 or last or stopping:
             run.replicated.prove_equal(run.state.step)
-        is_best = bool(evaluate_every) and run.state.step % evaluate_every == 0 and evaluate(run, history)
+        is_best = (bool(evaluate_every) and run.state.step % evaluate_every == 0 and not stopping
+                   and evaluate(run, history))
         if run.state.step % config.train.save_every == 0 or last or stopping or is_best:
             run.state = replace(run.state, finished=last, meter=meter.state())
             save(run)

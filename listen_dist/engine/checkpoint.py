@@ -150,7 +150,10 @@ def _latest(folder: Path) -> str:
 def _best_steps(folder: Path) -> set[int]:
     """Steps that best.json names, whose checkpoints are kept."""
     file = folder / "best.json"
-    best = json.loads(file.read_text())["best"] if file.is_file() else {}
+    try:
+        best = json.loads(file.read_text())["best"] if file.is_file() else {}
+    except (OSError, ValueError, KeyError):  # damaged: then only the newest ones are kept
+        best = {}
     return {entry["step"] for entry in best.values()}
 
 
