@@ -31,6 +31,9 @@ class ModelConfig:
     """Folder or Hugging Face name of a causal LLM (Llama, Vicuna, Qwen, Mistral …). Stays frozen."""
     speech_encoder: str = ""
     """Folder or Hugging Face name of a Whisper model of any size. Stays frozen."""
+    audio_encoder: str = ""
+    """A BEATs checkpoint (`.pt` from its authors) whose frames stand beside the speech encoder's, for sounds that
+    are not speech. Stays frozen. Empty: none."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the frozen weights. Pool and projector are always float32."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"

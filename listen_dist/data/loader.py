@@ -5,7 +5,7 @@ Stages, in the order a sample passes them:
 1. plan      schedule.py deals out sample references; every rank makes the same plan
 2. read      one read of the tar's byte range (shards.py)
 3. decode    FLAC to a waveform (decode.py), or the stored encoder frames as they are
-4. features  log-mel on the true length (features.py)
+4. features  log-mel, and a filterbank for an audio encoder, on the true length (features.py)
 5. text      instruction and target to token ids (text.py)
 6. collate   padding and true lengths (collate.py)
 
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from listen_dist.config import DataConfig
 from listen_dist.data.collate import Prepared, collate
-from listen_dist.data.features import LogMel
+from listen_dist.data.features import Fbank, LogMel
 from listen_dist.data.schedule import Mixture, SampleRef, TokenCost, plan_batches, plan_once
 from listen_dist.data.shard_members import ShardError, Want
 from listen_dist.data.shards import ShardIndex
@@ -39,17 +39,19 @@ class BatchReader(Dataset[Batch]):
     Args:
         indexes: the sets, in the order that references count them.
         with_targets: False for decoding, where the model must not see the answer.
+        fbank: given where there is an audio encoder beside the speech encoder.
     """
 
     def __init__(self, indexes: Sequence[ShardIndex], log_mel: LogMel, text: TextEncoder, config: DataConfig,
-                 with_targets: bool) -> None:
+                 with_targets: bool, fbank: Fbank | None = None) -> None:
         self.indexes = list(indexes)
         self._log_mel = log_mel
+        self._fbank = fbank
         self._text = text
         self._config = config
         self._with_targets = with_targets
-        # One kind of input for all sets: a batch may mix them.
-        self.is_features = config.stored_features and all(index.features for index in indexes)
+        # One kind of input for all sets: a batch may mix them. Shards store the speech encoder's frames alone.
+        self.is_features = config.stored_features and fbank is None and all(index.features for index in indexes)
 
     def __getitem__(self, refs: list[SampleRef]) -> Batch:  # type: ignore[override]
         samples: list[Prepared] = []
@@ -75,12 +77,14 @@ class BatchReader(Dataset[Batch]):
         seconds = float(index.shard_table(ref.shard).seconds[ref.row])
         if seconds > config.max_seconds:  # decoding refuses a long clip, stored features know no length
             raise ShardError(f"clip of {seconds:.1f} s is above data.max_seconds = {config.max_seconds}")
+        fbank = None
         if sample.features is not None:
             audio = torch.from_numpy(sample.features.copy())
         else:
             assert sample.waveform is not None
             audio, seconds = self._log_mel(sample.waveform), len(sample.waveform) / SAMPLE_RATE
-        return Prepared(sample.record, audio, self._text.after_ids(sample.record), target, seconds)
+            fbank = self._fbank(sample.waveform) if self._fbank else None
+        return Prepared(sample.record, audio, self._text.after_ids(sample.record), target, seconds, fbank)
 
 
 class _StepSampler:

@@ -10,13 +10,14 @@ import torch
 
 from listen_dist import dist
 from listen_dist.config import Config, ConfigError, SetConfig
-from listen_dist.data.features import LogMel
+from listen_dist.data.features import Fbank, LogMel
 from listen_dist.data.loader import BatchReader
 from listen_dist.data.schedule import TokenCost
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.engine import checkpoint
 from listen_dist.engine.sharding import Sharding, sharding_for
+from listen_dist.models.beats import load_audio_encoder
 from listen_dist.models.encoders import load_speech_encoder
 from listen_dist.models.listen import Listen
 from listen_dist.models.llm import DTYPES, embedding_stats, load_llm, load_tokenizer
@@ -50,7 +51,8 @@ class Parts:
                 raise ConfigError(f"{index.folder}: its stored features come from another encoder than "
                                   f"model.speech_encoder = {self.config.model.speech_encoder!r}; write the shards "
                                   "anew, or set data.stored_features=false")
-        return BatchReader(indexes, self.log_mel, self.text, self.config.data, with_targets)
+        fbank = Fbank() if self.config.model.audio_encoder else None
+        return BatchReader(indexes, self.log_mel, self.text, self.config.data, with_targets, fbank)
 
     def token_cost(self, k: int) -> TokenCost:
         """Tokens that a clip takes in the LLM with k prompts."""
@@ -67,15 +69,20 @@ def assemble(config: Config, device: torch.device) -> Parts:
     """
     tokenizer = load_tokenizer(config.model.llm)
     text = TextEncoder(tokenizer, config.model)
-    encoder = load_speech_encoder(config.model.speech_encoder, DTYPES[config.model.dtype]).to(device)
+    dtype = DTYPES[config.model.dtype]
+    encoder = load_speech_encoder(config.model.speech_encoder, dtype).to(device)
+    sounds = config.model.audio_encoder
+    audio_encoder = load_audio_encoder(sounds, dtype).to(device) if sounds else None
     sharding = sharding_for(config)
     llm = sharding.load(lambda: load_llm(config.model), device)
     stats = embedding_stats(llm.get_input_embeddings(), llm.config.vocab_size)
     torch.manual_seed(dist.derived_seed("model", config.model.seed))
     pool = PromptPool(config.pool, stats.mean)
-    projector = build_projector(config.projector, encoder.width, llm.config.hidden_size, stats.std)
+    audio_width = audio_encoder.width if audio_encoder else 0
+    projector = build_projector(config.projector, encoder.width + audio_width, llm.config.hidden_size, stats.std,
+                                audio_width)
     if config.projector.init_from:
         checkpoint.load_trainables(checkpoint.resolve(Path(config.projector.init_from)), projector, "projector.")
     projector.requires_grad_(not config.projector.freeze)
-    model = Listen(llm, encoder, projector.to(device), pool.to(device), text.frame)
+    model = Listen(llm, encoder, projector.to(device), pool.to(device), text.frame, audio_encoder)
     return Parts(config, model, sharding, text, LogMel.from_pretrained(config.model.speech_encoder))

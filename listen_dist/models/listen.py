@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from listen_dist.kernels.topk_match.op import TopkMatch
-from listen_dist.models.encoders import SpeechEncoder
+from listen_dist.models.beats import BeatsEncoder
+from listen_dist.models.encoders import SpeechEncoder, join_frames
 from listen_dist.models.losses import IGNORED, token_loss
 from listen_dist.models.projector import Projector
 from listen_dist.models.prompt_pool import PromptPool
@@ -31,13 +32,15 @@ class Listen(nn.Module):
     Args:
         llm: a Hugging Face causal LLM, sharded or whole, in eval mode without gradients.
         encoder: frozen speech encoder; not run for batches of stored features.
+        audio_encoder: frozen encoder of other sounds beside it, or None.
     """
 
     def __init__(self, llm: PreTrainedModel, encoder: SpeechEncoder, projector: Projector, pool: PromptPool,
-                 frame: TextFrame) -> None:
+                 frame: TextFrame, audio_encoder: BeatsEncoder | None = None) -> None:
         super().__init__()
         self.llm = llm
         self.encoder = encoder
+        self.audio_encoder = audio_encoder
         self.trainable = nn.ModuleDict({"projector": projector, "pool": pool})
         self.frame = frame
 
@@ -102,9 +105,16 @@ class Listen(nn.Module):
         return self.projector(*self.frames(batch))
 
     def frames(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encoder frames [B, F, E] and their true numbers [B]: stored ones, or from the frozen encoder."""
+        """Encoder frames [B, F, E] and their true numbers [B]: stored ones, or from the frozen encoders."""
         audio, lengths = batch.audio.to(self.device), batch.audio_lengths.to(self.device)
-        return (audio, lengths) if batch.is_features else self.encoder(audio, lengths)
+        if batch.is_features:
+            return audio, lengths
+        frames, counts = self.encoder(audio, lengths)
+        if self.audio_encoder is not None:
+            assert batch.fbank is not None and batch.fbank_lengths is not None
+            sounds, _ = self.audio_encoder(batch.fbank.to(self.device), batch.fbank_lengths.to(self.device))
+            frames = join_frames(frames, sounds)
+        return frames, counts
 
     def _embed(self, texts: list[Sequence[int]]) -> list[torch.Tensor]:
         """Token embeddings [P, D] of several texts through one call of the LLM's embedding.
