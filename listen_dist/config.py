@@ -38,6 +38,9 @@ class ModelConfig:
     """Type of the frozen weights. Pool and projector are always float32."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention of the LLM. On a CPU with short rows `eager` can be faster."""
+    checkpointing: bool = False
+    """Keep only the input of each LLM layer for the backward pass and compute the rest anew: far less memory for
+    activations, about a third more computation (and gathering) a step. The gradients are the same."""
     before_audio: str = ""
     """Text between BOS and the audio. May hold special tokens of the LLM's chat format."""
     after_audio: str = "{instruction}"

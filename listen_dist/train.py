@@ -137,7 +137,9 @@ def summarize(run: Run) -> None:
     held = dist.gather_objects(run.parts.sharding.bytes_held())
     logger.info("learned parameters: pool %s (%.3f %% of the LLM), projector %s%s", f"{pool:,}",
                 100 * pool / size.parameters, f"{projector:,}", frozen_projector)
-    logger.info("frozen parameters: LLM %s, speech encoder %s", f"{size.parameters:,}", f"{count(model.encoder):,}")
+    sounds = f", audio encoder {count(model.audio_encoder):,}" if model.audio_encoder else ""
+    logger.info("frozen parameters: LLM %s, speech encoder %s%s", f"{size.parameters:,}", f"{count(model.encoder):,}",
+                sounds)
     for rank, size_held in enumerate(held):
         logger.info("rank %d of %d holds %.1f MiB of the LLM (parallel.llm = %s), all of the rest, on %s",
                     rank, len(held), size_held / 2**20, config.parallel.llm, model.device)

@@ -20,6 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from listen_dist.kernels.topk_match.op import TopkMatch
 from listen_dist.models.beats import BeatsEncoder
 from listen_dist.models.encoders import SpeechEncoder, join_frames
+from listen_dist.models.llm import recompute_activations
 from listen_dist.models.losses import IGNORED, token_loss
 from listen_dist.models.projector import Projector
 from listen_dist.models.prompt_pool import PromptPool
@@ -57,8 +58,9 @@ class Listen(nn.Module):
         return self.pool.keys.device
 
     def train(self, mode: bool = True) -> Listen:
-        """Switch the learned parts; the frozen parts stay in eval mode."""
+        """Switch the learned parts; the frozen parts stay in eval mode (but see `recompute_activations`)."""
         self.trainable.train(mode)
+        recompute_activations(self.llm, mode)
         return self
 
     def forward(self, batch: Batch, k: int) -> ModelOutput:
