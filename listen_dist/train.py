@@ -35,7 +35,8 @@ from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.engine.step import train_step
 from listen_dist.engine.warm_start import fit_last_layer
-from listen_dist.planner import count, llm_size, plan_memory
+from listen_dist.model_sizes import Sizes, count, llm_size
+from listen_dist.planner import Cluster, plan_memory
 from listen_dist.structures import Batch, LoaderState
 
 logger = logging.getLogger("listen_dist.train")
@@ -133,17 +134,19 @@ def summarize(run: Run) -> None:
     model, config = run.parts.model, run.config
     size = llm_size(config.model.llm)
     pool, projector = count(model.pool), count(model.projector)
+    audio = model.audio_encoder
+    sizes = Sizes(size, count(model.encoder), model.encoder.width, count(audio) if audio else 0,
+                  audio.width if audio else 0, projector, pool)
     frozen_projector = " (frozen)" if config.projector.freeze else ""
     held = dist.gather_objects(run.parts.sharding.bytes_held())
     logger.info("learned parameters: pool %s (%.3f %% of the LLM), projector %s%s", f"{pool:,}",
                 100 * pool / size.parameters, f"{projector:,}", frozen_projector)
-    sounds = f", audio encoder {count(model.audio_encoder):,}" if model.audio_encoder else ""
-    logger.info("frozen parameters: LLM %s, speech encoder %s%s", f"{size.parameters:,}", f"{count(model.encoder):,}",
-                sounds)
+    logger.info("frozen parameters: LLM %s, speech encoder %s, audio encoder %s", f"{size.parameters:,}",
+                f"{sizes.speech_parameters:,}", f"{sizes.audio_parameters:,}")
     for rank, size_held in enumerate(held):
         logger.info("rank %d of %d holds %.1f MiB of the LLM (parallel.llm = %s), all of the rest, on %s",
                     rank, len(held), size_held / 2**20, config.parallel.llm, model.device)
-    plan = plan_memory(config, size, dist.world_size(), count(model.encoder), pool + projector)
+    plan = plan_memory(config, sizes, Cluster(dist.world_size(), dist.world_size()), config.parallel.llm)
     for line in plan.lines():
         logger.info(line)
 

@@ -18,9 +18,9 @@ from listen_dist.engine.assembly import assemble
 from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.engine.step import train_step
+from listen_dist.model_sizes import count
 from listen_dist.models.projector import build_projector
 from listen_dist.models.prompt_pool import PromptPool
-from listen_dist.planner import count
 from listen_dist.structures import LoaderState, Record
 from listen_dist.tasks import TASKS
 from tests import launching, tiny
@@ -146,7 +146,8 @@ def qformer_parameters(hidden: int, layers: int, frame: int, llm: int) -> int:
 
 def test_it_trains_two_steps_on_two_ranks(tiny_world: tiny.Tiny, sets: dict[str, Path], tmp_path: Path) -> None:
     """Sharded with checkpointing on two ranks against whole and without it on one: the same losses."""
-    runs = {"two": launching.command("deepspeed", launching.TRAIN, 2), "one": launching.command("python", launching.TRAIN)}
+    runs = {"two": launching.command("deepspeed", launching.TRAIN, 2),
+            "one": launching.command("python", launching.TRAIN)}
     losses = {}
     for name, command in runs.items():
         words = [*command, "--config", MULTITASK, *shrunk(MULTITASK, tiny_world, sets, tmp_path / name),
