@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from listen_dist.config import Config, ConfigError, ProjectorConfig
 from listen_dist.structures import ENCODER_RATE
 
-BEATS_PARAMETERS, BEATS_WIDTH, BEATS_HEADS = 90_293_248, 768, 12
+BEATS_PARAMETERS, BEATS_WIDTH, BEATS_HEADS = 90_311_792, 768, 12
 """The published size; the checkpoint has no config.json beside it."""
 
 

@@ -1,7 +1,7 @@
 """Memory, traffic and time of a training step, from a config alone: will it fit, and what will it cost?
 
     python -m listen_dist.planner --config configs/multitask_7b.yaml --gpus 64 --gpus-per-node 8 --gpu-memory 24
-    python -m listen_dist.planner --config configs/multitask_7b.yaml --gpus 8 64 1024 data.batch_tokens=4096 --json
+    python -m listen_dist.planner --config configs/multitask_7b.yaml --gpus 8,64,1024 data.batch_tokens=4096
 
 Of the models their config.json is read, no weight. Formulas stand in the docstrings below and, with what they were
 held against, in docs/scaling.md. R ranks, G of them on a node; W the LLM's bytes; T tokens of a micro-batch.
@@ -144,10 +144,12 @@ def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, layout: str, sha
     gathered = min(llm.parameters, at_work + llm.largest + small)
     arriving = min(llm.parameters, max(llm.largest, min(live, PREFETCH)))
     learned = sizes.pool + (0 if config.projector.freeze else sizes.projector)
-    kept = shape.tokens * kept_by_llm(config, llm, shape.row) + kept_by_projector(config, sizes, shape)
+    sharded = layout != "replicated"
+    per_layer = kept_by_layer(config, llm, shape.row, sharded)
+    kept = shape.tokens * kept_by_llm(config, llm, per_layer) + kept_by_projector(config, sizes, shape)
     layer = shape.tokens * (3 * llm.inner * item + 16 * llm.width)  # gradients inside one layer
     if config.model.checkpointing:
-        layer += shape.tokens * kept_by_layer(config, llm, shape.row)
+        layer += shape.tokens * per_layer
     loss = 12 * shape.targets * llm.vocabulary
     return MemoryPlan(
         llm_held=item * sum(math.ceil(n / group) for n in llm.tensors),
@@ -164,21 +166,23 @@ def item_size(config: Config) -> int:
     return 2 if config.model.dtype == "bfloat16" else 4
 
 
-def kept_by_layer(config: Config, llm: LLMSize, row: int) -> int:
+def kept_by_layer(config: Config, llm: LLMSize, row: int, sharded: bool) -> int:
     """Bytes a token that a frozen Llama-like layer of width D and inner width F keeps for its backward pass.
 
     A frozen matrix needs no input for it. What is kept: the fp32 input of both norms (8 D); q, k, v and the output
     of attention (4 D); gate, its activation and up (3 F). Eager attention keeps its weights too, in fp32 and as used.
+    ZeRO-3's own linear function does keep the inputs, frozen or not: 3 D + F more.
     """
     item = item_size(config)
     scores = llm.heads * row * (4 + item) if config.model.attention == "eager" else 0
-    return 8 * llm.width + 4 * llm.attention_width * item + 3 * llm.inner * item + scores
+    inputs = (2 * llm.width + llm.attention_width + llm.inner) * item if sharded else 0
+    return 8 * llm.width + 4 * llm.attention_width * item + 3 * llm.inner * item + scores + inputs
 
 
-def kept_by_llm(config: Config, llm: LLMSize, row: int) -> int:
+def kept_by_llm(config: Config, llm: LLMSize, per_layer: int) -> int:
     """The same for all layers, the last norm (4 D) and the input as it is put together (6 D)."""
     item = item_size(config)
-    layer = llm.width * item if config.model.checkpointing else kept_by_layer(config, llm, row)
+    layer = llm.width * item if config.model.checkpointing else per_layer
     return llm.layers * layer + 4 * llm.width + 6 * llm.width * item
 
 
@@ -326,7 +330,7 @@ def overview(config: Config, sizes: Sizes, clusters: Sequence[Cluster], limit: f
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
-    parser.add_argument("--gpus", type=int, nargs="+", required=True, help="ranks; several give a brief table")
+    parser.add_argument("--gpus", required=True, metavar="N[,N…]", help="ranks; several numbers give a brief table")
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GiB")
     parser.add_argument("--reserve", type=float, default=1.5, metavar="GiB",
@@ -345,10 +349,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     try:
         clusters = []
-        for ranks in options.gpus:
+        for word in options.gpus.split(","):
+            ranks = int(word) if word.isdecimal() else 0
             per_node = min(ranks, options.gpus_per_node)
-            if ranks < 1 or per_node < 1 or ranks % per_node:
-                raise ConfigError(f"--gpus {ranks}: must be a multiple of --gpus-per-node {options.gpus_per_node}")
+            if per_node < 1 or ranks % per_node:
+                raise ConfigError(f"--gpus {word}: must be a multiple of --gpus-per-node {options.gpus_per_node}")
             clusters.append(Cluster(ranks, per_node, options.tflops, options.node_link, options.network))
         config = configuration.load(options.config, options.overrides)
         sizes = sizes_of(config)

@@ -1,6 +1,6 @@
 """One rank of test_planner.py: steps of the trainer on one batch, with memory watched, first with recomputation.
 
-    python -m tests.distributed.planner_worker CONFIG OUT
+    python -m tests.distributed.planner_worker CONFIG TINY_CONFIG OUT
 
 The ranks meet over the file store that STORE names.
 """
@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import deepspeed  # noqa: F401  its import belongs to the state before loading
 import torch
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 
 from listen_dist import config as configuration
 from listen_dist import dist
+from listen_dist.config import Config
 from listen_dist.data.schedule import SampleRef
 from listen_dist.engine.assembly import assemble
 from listen_dist.engine.optim import build_optimizer
@@ -66,15 +68,25 @@ def main() -> None:
         "gloo", init_method=f"file://{os.environ['STORE']}", rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(minutes=10))
     torch.set_num_threads(1)
-    config, out = configuration.load(sys.argv[1]), Path(sys.argv[2])
+    config, out = configuration.load(sys.argv[1]), Path(sys.argv[3])
+    take_steps(configuration.load(sys.argv[2]), 0)  # what is imported and started only then is no part of the plan
     gc.collect()
-    before = anonymous()
+    found, grads = take_steps(config, anonymous())
+    save_file(grads, out / f"grads-{dist.rank()}.safetensors")
+    (out / f"memory-{dist.rank()}.json").write_text(json.dumps(found))
+    dist.shutdown()
+
+
+def take_steps(config: Config, before: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Steps on one batch of 16 clips; peaks above `before` bytes and gradients, with recomputation and without."""
     parts = assemble(config, torch.device("cpu"))
     replicated = ReplicatedTrainables(parts.model.trainable)
     optimizer = build_optimizer(parts.model.trainable, config.train)
     reader = parts.reader(config.data.train, with_targets=True)
     batch = reader[[SampleRef(0, shard, row) for shard in range(4) for row in range(4)]]
-    found, grads = {}, {}
+    found: dict[str, Any] = {"held": parts.sharding.bytes_held()}
+    grads = {}
+    loaded = anonymous() - before
     for name, active in (("recomputed", True), ("kept", False)):
         recompute_activations(parts.model.train().llm, active)
         for _ in range(2):  # the first step has no trace to fetch ahead by
@@ -86,11 +98,8 @@ def main() -> None:
         longest = max(map(len, batch.target_ids))
         shape = Shape(output.padded_tokens, len(batch) * (longest + 1), output.padded_tokens // len(batch),
                       len(batch) * max(batch.seconds))
-        found[name] = {"peak": peak.bytes - before, "shape": asdict(shape)}
-    found["held"] = parts.sharding.bytes_held()
-    save_file(grads, out / f"grads-{dist.rank()}.safetensors")
-    (out / f"memory-{dist.rank()}.json").write_text(json.dumps(found))
-    dist.shutdown()
+        found[name] = {"peak": peak.bytes - before, "shape": asdict(shape), "loaded": loaded}
+    return found, grads
 
 
 if __name__ == "__main__":

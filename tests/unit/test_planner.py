@@ -64,10 +64,12 @@ def measured(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) ->
     # So small a rate that nothing moves: every step is the same.
     tree["train"] |= {"learning_rate": 1e-30, "min_learning_rate": 1e-30, "weight_decay": 0.0}
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    tree["model"]["llm"] = str(tiny_world.llm)
+    (warm := folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):  # else glibc keeps what was freed
             patch.setenv(name, "262144")
-        launching.run_ranks(2, "tests.distributed.planner_worker", [folder / "config.yaml", folder], folder, 550)
+        launching.run_ranks(2, "tests.distributed.planner_worker", [folder / "config.yaml", warm, folder], folder, 550)
     return Measured(configuration.load(folder / "config.yaml"),
                     [json.loads((folder / f"memory-{rank}.json").read_text()) for rank in range(2)],
                     [load_file(folder / f"grads-{rank}.safetensors") for rank in range(2)])
@@ -205,9 +207,9 @@ def test_the_command_says_what_fits_and_what_to_change(capsys: pytest.CaptureFix
     assert code == 0 and "full: fits" in output and "GB into a node a step" in output
     code, output, _ = run(capsys, "--gpus", "8", "--gpu-memory", "12", *seven)
     assert "replicated: does NOT fit" in output and "parallel.llm=" in output
-    code, output, _ = run(capsys, "--gpus", "8", "64", "--json", *seven)
+    code, output, _ = run(capsys, "--gpus", "8,64", "--json", *seven)
     assert json.loads(output)["64"]["full"]["step"]["gathers"] == 2
-    code, output, _ = run(capsys, "--gpus", "8", "64", "1024", *seven)
+    code, output, _ = run(capsys, "--gpus", "8,64,1024", *seven)
     assert [line.split("|")[1].strip() for line in output.splitlines() if "| full |" in line] == ["8", "64", "1024"]
 
 
