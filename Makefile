@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 SETS := asr asr_synthetic language_id speaker_verification speech_qa caption
-.PHONY: help setup models recordings shards train evaluate quickstart demo test lint clean
+.PHONY: help setup models recordings shards train evaluate quickstart demo test ledger lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,7 +32,7 @@ models: setup  ## the demo LLM and speech encoder
 recordings: setup  ## recorded prompts and sound effects, and their manifests
 	$(BIN)/python tools/prepare/phone_prompts.py
 	$(BIN)/python tools/prepare/sound_effects.py
-	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 2000
+	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 1000
 
 shards: models recordings  ## manifests to tar shards with stored encoder features
 	$(BIN)/python tools/shard_dataset.py $(SETS:%=assets/manifests/%.*.jsonl) assets/shards --separate --overwrite \
@@ -56,6 +56,9 @@ demo: shards  ## train configs/demo_full.yaml, the same for longer, and score it
 
 test: models recordings lint  ## lint, types, layers and all tests
 	$(BIN)/python -m pytest tests -q
+
+ledger: setup  ## 20 kills over changing ranks and workers: every sample counts exactly once (minutes)
+	LEDGER_KILLS=20 $(BIN)/python -m pytest -q -s tests/distributed/test_ledger.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import braceexpand
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -63,7 +64,7 @@ class ProjectorConfig:
     """Attention heads of the Q-Former."""
     start: Literal["random", "least_squares"] = "random"
     """`least_squares`: solve the last layer once, before the first step, so that a window comes out
-    near the embedding of the target token spoken about then (see engine/warm_start.py)."""
+    near the embedding of the target token spoken then, or of the whole answer (see engine/warm_start.py)."""
     freeze: bool = False
     """Leave only the pool to learn; give `init_from` with it."""
     init_from: str | None = None
@@ -99,9 +100,49 @@ class PoolConfig:
 @dataclass(frozen=True)
 class SetConfig:
     path: str = ""
-    """Folder of shards with an index.json (see tools/shard_dataset.py)."""
+    """Folder of shards with an index.json (see tools/shard_dataset.py): a path, or an address that begins with
+    http://, https://, s3:// or gs://. Braces name several that are read as one set: `part-{00..07}`, `{a,b}`."""
     weight: float = 1.0
-    """Share of this set among the samples drawn, relative to the other sets' weights."""
+    """Share of this set among the samples drawn, relative to the other sets' weights (see `data.temperature`)."""
+    max_seconds: float = 0
+    """Train on clips up to this length only; longer ones are left out of the plan and not counted as unusable.
+    0: no such limit. Start-up reads every sidecar of a set with a limit."""
+    max_samples: int = 0
+    """Train on so many samples of the set at most (the first of the index); 0: all."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Changes to the audio in training, drawn anew each time a clip comes, from its id and its epoch alone.
+
+    All are off by default. They need audio: `data.stored_features` must be false.
+    """
+
+    speed: float = 0
+    """Play faster or slower by up to this share (0.1: 0.90 … 1.10 in steps of 0.01); the pitch moves along."""
+    gain_db: float = 0
+    """Louder or softer by up to so many decibels."""
+    noise: str = ""
+    """Folder of audio files (searched at all depths); a stretch of one is added to each clip."""
+    noise_snr_db: list[float] = field(default_factory=lambda: [5.0, 20.0])
+    """Lowest and highest signal-to-noise ratio in decibels, by mean power."""
+    reverb: str = ""
+    """Folder of room impulse responses (searched at all depths)."""
+    reverb_share: float = 0.5
+    """Share of the clips that get reverberation, where `reverb` is given."""
+    time_masks: int = 0
+    """SpecAugment: stretches of the log-mel replaced by its mean."""
+    time_mask_seconds: float = 0.4
+    """Longest stretch; never more than a fifth of the clip."""
+    mel_masks: int = 0
+    """SpecAugment: bands of the log-mel replaced by its mean."""
+    mel_mask_bins: int = 15
+    """Widest band."""
+
+    @property
+    def active(self) -> list[str]:
+        """The keys that switch something on."""
+        return [key for key in ("speed", "gain_db", "noise", "reverb", "time_masks", "mel_masks") if getattr(self, key)]
 
 
 @dataclass(frozen=True)
@@ -109,10 +150,14 @@ class DataConfig:
     train: list[SetConfig] = field(default_factory=list)
     dev: list[SetConfig] = field(default_factory=list)
     test: list[SetConfig] = field(default_factory=list)
+    temperature: float | None = None
+    """T of p ∝ weight · n^(1/T), n a set's samples: 1 draws in proportion to size, a large one from all sets
+    alike. Not given: p ∝ weight."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     batch_tokens: int = 2048
     """Budget of LLM input tokens (padding included) of one micro-batch on one rank."""
-    window: int = 512
-    """Samples among which neighbours in length are put in one batch."""
+    window: int = 2048
+    """Samples among which neighbours in length are put in one batch. The larger, the less padding."""
     max_target_tokens: int = 256
     """A sample with a longer target is skipped and named."""
     max_seconds: float = 30.0
@@ -123,6 +168,15 @@ class DataConfig:
     """Loader processes a rank; 0: read in the training process."""
     stored_features: bool = True
     """Use the encoder output stored in the shards where they hold it (no encoder run)."""
+    cache_dir: str = ""
+    """Folder on this node's disk that keeps whole shards of sets read over the network; empty: no cache,
+    each sample is fetched by itself. All processes of a node share it."""
+    cache_gib: float = 100.0
+    """Size limit of the cache (GiB); the shards used longest ago make room for new ones."""
+    timeout_seconds: float = 30.0
+    """A network source that sends nothing for so long has failed once."""
+    retries: int = 8
+    """Failures in a row, each after a longer pause (0.5 s to 30 s), before a network source ends the run."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +213,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    llm: Literal["full", "replicated"] = "full"
-    """`full`: the frozen LLM is sharded over all ranks (ZeRO-3). `replicated`: whole on each."""
+    llm: Literal["full", "node", "replicated"] = "full"
+    """`full`: the frozen LLM is sharded over all ranks. `node`: over the ranks of each node, so that no
+    weight crosses the network. `replicated`: whole on each."""
+    backend: Literal["deepspeed", "fsdp2"] = "deepspeed"
+    """What shards the LLM for `full` and `node`: DeepSpeed's ZeRO-3, or PyTorch's fully_shard."""
+    node_size: int = 0
+    """Ranks of one node, in the launcher's order, for `node`; 0: ranks with the same host name. Set it where
+    host names mislead (a container for each rank)."""
     max_live_parameters: int = 30_000_000
-    """Gathered LLM parameters held at once (ZeRO-3), beside the layer at work."""
+    """Gathered LLM parameters held at once (DeepSpeed), beside the layer at work."""
     timeout_minutes: float = 30.0
     """A collective that takes longer ends the run."""
 
@@ -170,9 +230,13 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     split: Literal["dev", "test"] = "test"
+    choices: Literal["likelihood", "generate"] = "likelihood"
+    """Answers out of a closed set (`meta.choices`, or the task's own): the one that the LLM finds most
+    likely, or whatever it generates. Where no set is known, answers are always generated."""
     beams: int = 1
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
+    """Above 1: less likely to say a token again. For tasks with free text only; one-word answers go without."""
     batch_tokens: int = 2048
     """Budget of LLM input tokens of one decoding batch."""
     limit: int = 0
@@ -326,8 +390,11 @@ AT_LEAST = {
     "train.max_steps": 1, "train.log_every": 1, "train.save_every": 1, "train.keep": 1, "train.checksum_every": 1,
     "train.batches_per_step": 0, "train.max_minutes": 0, "train.warmup_steps": 0, "train.weight_decay": 0,
     "train.clip_norm": 0, "train.min_learning_rate": 0, "data.batch_tokens": 32, "data.window": 1, "data.workers": 0,
-    "data.max_target_tokens": 2, "data.max_bad_fraction": 0, "parallel.max_live_parameters": 0,
-    "eval.beams": 1, "eval.batch_tokens": 32, "eval.limit": 0,
+    "data.max_target_tokens": 2, "data.max_bad_fraction": 0, "data.retries": 0,
+    "parallel.max_live_parameters": 0, "parallel.node_size": 0,
+    "data.augment.gain_db": 0, "data.augment.time_masks": 0, "data.augment.mel_masks": 0,
+    "data.augment.time_mask_seconds": 0, "data.augment.mel_mask_bins": 0, "eval.beams": 1,
+    "eval.batch_tokens": 32, "eval.limit": 0,
 }
 """Smallest values (a projector window: one frame; a target: one token and EOS)."""
 
@@ -366,9 +433,52 @@ def check(config: Config) -> None:
     for split in ("train", "dev", "test"):
         for i, entry in enumerate(getattr(data, split)):
             _require(bool(entry.path), f"data.{split}[{i}].path", entry.path, "must be set")
+            set_addresses(entry.path, f"data.{split}[{i}].path")
             _require(entry.weight > 0, f"data.{split}[{i}].weight", entry.weight, "must be positive")
+            for key, limit in (("max_seconds", entry.max_seconds), ("max_samples", entry.max_samples)):
+                _require(limit >= 0, f"data.{split}[{i}].{key}", limit, "must be at least 0 (no limit)")
+                _require(split == "train" or not limit, f"data.{split}[{i}].{key}", limit,
+                         "only training leaves samples out; evaluation has eval.limit")
+    _require(data.temperature is None or data.temperature > 0, "data.temperature", data.temperature,
+             "must be positive; 1 draws in proportion to size, large values from all sets alike")
+    _check_augment(data)
+    _require(data.cache_gib > 0, "data.cache_gib", data.cache_gib, "must be positive")
+    _require(data.timeout_seconds > 0, "data.timeout_seconds", data.timeout_seconds, "must be positive")
     _require(config.parallel.timeout_minutes > 0, "parallel.timeout_minutes", config.parallel.timeout_minutes,
              "must be positive")
+
+
+def _check_augment(data: DataConfig) -> None:
+    augment, where = data.augment, "data.augment."
+    keys = ", ".join(where + key for key in augment.active)
+    _require(not (keys and data.stored_features), keys, True,
+             "works on audio, which stored encoder frames no longer are; set data.stored_features=false")
+    _require(0 <= augment.speed <= 0.5, where + "speed", augment.speed, "must be within 0 … 0.5")
+    _require(0 <= augment.reverb_share <= 1, where + "reverb_share", augment.reverb_share, "must be within 0 … 1")
+    snr = augment.noise_snr_db
+    _require(len(snr) == 2 and snr[0] <= snr[1], where + "noise_snr_db", snr, "must be [lowest, highest]")
+
+
+def set_addresses(path: str, key: str = "path") -> list[str]:
+    """The folders that a set's path names: braces expanded, in that order.
+
+    Raises:
+        ConfigError: naming `key`, where an address is none that we read.
+    """
+    try:
+        addresses = list(braceexpand.braceexpand(path, escape=False))
+    except ValueError:
+        raise ConfigError(f"{key} = {path!r}: a brace without its pair") from None
+    _require(len(set(addresses)) == len(addresses), key, path, "names a folder twice")
+    for address in addresses:
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", address)
+        if scheme:
+            _require(re.match(r"(https?|s3|gs)://[^/]", address) is not None, key, path,
+                     f"{scheme[0]!r} is no source; give a folder, or an address that begins with http://, https://, "
+                     "s3:// or gs:// (a folder whose name holds a colon: ./name)")
+            _require(re.search(r"[@?#]", address) is None, key, path, "an address holds no password (those belong "
+                     "into ~/.netrc or the store's environment), no '?' and no '#'")
+    return addresses
 
 
 def _require(holds: bool, key: str, value: object, what: str) -> None:

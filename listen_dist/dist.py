@@ -71,6 +71,31 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def node_ranks(node_size: int) -> list[list[int]]:
+    """The ranks of each node, in order; every rank must call it.
+
+    Args:
+        node_size: ranks of one node, in order; 0: ranks with the same host name share a node.
+
+    Raises:
+        ValueError: the ranks cannot be cut into nodes of `node_size`.
+    """
+    world = world_size()
+    if node_size:
+        if world % node_size:
+            raise ValueError(f"parallel.node_size = {node_size}: does not divide the {world} ranks; "
+                             "set it to the ranks on one node, or to 0 to go by host names")
+        return [list(range(first, first + node_size)) for first in range(0, world, node_size)]
+    hosts = gather_objects(socket.gethostname())
+    return [[rank for rank in range(world) if hosts[rank] == host] for host in dict.fromkeys(hosts)]
+
+
+def node_group(node_size: int) -> dist.ProcessGroup:
+    """A process group of the ranks on this rank's node (see `node_ranks`); every rank must call it."""
+    own, _ = dist.new_subgroups_by_enumeration(node_ranks(node_size))
+    return own
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value on every rank. Only between the ranks of one run: it pickles."""
     box = [value]

@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -59,13 +60,22 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
         answers = [p.answers for p in rows]
         baseline, constant = baseline_hypotheses(name, answers)
         task = get_task(name)
+        odds = log_odds(rows)
         tasks[name] = {
             "samples": len(rows), "metric": task.metric, "better": task.better,
-            "metrics": task_scores(name, [p.text for p in rows], answers),
-            "baseline": task_scores(name, constant, answers), "baseline_name": baseline,
+            "metrics": task_scores(name, [p.text for p in rows], answers, odds),
+            "baseline": task_scores(name, constant, answers, [0.0] * len(odds)), "baseline_name": baseline,
+            "answered_by": dict(Counter("likelihood" if p.choices else "generation" for p in rows)),
             "instruction": task.instruction or "the sample's own question",
         }
     return tasks
+
+
+def log_odds(rows: Sequence[Prediction]) -> list[float]:
+    """log p(yes) − log p(no) of each sample where all were asked so, and both answers occur; else empty."""
+    if {p.choices for p in rows} not in ({("yes", "no")}, {("no", "yes")}) or len({p.answers[0] for p in rows}) < 2:
+        return []
+    return [p.likelihoods[p.choices.index("yes")] - p.likelihoods[p.choices.index("no")] for p in rows]
 
 
 def provenance(config: Config, path: Path, fingerprints: dict[str, str]) -> dict[str, Any]:

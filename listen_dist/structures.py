@@ -18,10 +18,14 @@ Dimension letters used in docstrings and trailing comments everywhere:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+T = TypeVar("T")
 
 SAMPLE_RATE = 16_000
 """Hz. All audio in shards and in the model is mono at this rate."""
@@ -87,6 +91,10 @@ class Batch:
     target_ids: list[list[int]]  # target and EOS, a row each; empty lists at inference
     answers: list[tuple[str, ...]]
     seconds: list[float]
+    choices: list[tuple[str, ...]] = field(default_factory=list)
+    """The closed set of answers of each row, empty where there is none; no rows in training."""
+    choice_ids: list[list[list[int]]] = field(default_factory=list)
+    """Its tokens, EOS included: a row, a choice, a token."""
     skipped: list[SkippedSample] = field(default_factory=list)
     fbank: torch.Tensor | None = None
     fbank_lengths: torch.Tensor | None = None  # [B] int64, true filterbank frames
@@ -96,8 +104,21 @@ class Batch:
         """Number of tokens the loss covers (target and EOS)."""
         return sum(len(row) for row in self.target_ids)
 
+    def pin_memory(self) -> Batch:
+        """The same batch with page-locked tensors; torch's DataLoader calls it."""
+        return replace(self, audio=self.audio.pin_memory(), audio_lengths=self.audio_lengths.pin_memory())
+
     def __len__(self) -> int:
         return len(self.ids)
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """Some of the rows, without what was skipped."""
+        def of(column: list[T]) -> list[T]:
+            return [column[row] for row in rows]
+
+        return Batch(of(self.ids), of(self.tasks), self.audio[rows], self.audio_lengths[rows], self.is_features,
+                     of(self.after_ids), of(self.target_ids), of(self.answers), of(self.seconds), of(self.choices),
+                     of(self.choice_ids))
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,28 @@ def get_task(name: str) -> Task:
     raise ValueError(f"unknown task {name[:80]!r}: {hint}")
 
 
+def choices_for(record: Record) -> tuple[str, ...]:
+    """The closed set that the answer comes from: the record's `meta.choices`, or the task's own; else empty.
+
+    Raises:
+        ValueError: `meta.choices` is no list of two or more different texts, or the right answer is not in it.
+    """
+    task = get_task(record.task)
+    if task.answers != "choice":
+        return ()
+    choices = record.meta.get("choices", list(task.choices))
+    if choices == []:
+        return ()
+    if not isinstance(choices, list) or len(set(map(str, choices))) < max(2, len(choices)) or not all(
+            isinstance(choice, str) and choice.strip() for choice in choices):
+        raise ValueError(f"record {record.id!r}: meta.choices = {choices!r:.80} is no list of two or more "
+                         "different texts; mend the manifest and write the shard anew")
+    if record.answers[0] not in choices:
+        raise ValueError(f"record {record.id!r}: the answer {record.answers[0]!r:.80} is not among the choices "
+                         f"{choices!r:.200}; mend the manifest and write the shard anew")
+    return tuple(choices)
+
+
 def instruction_for(record: Record) -> str:
     """Return the text that follows the audio: the record's instruction, its question, or the default.
 

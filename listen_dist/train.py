@@ -26,6 +26,7 @@ from listen_dist import config as configuration
 from listen_dist import dist, logs, tracking
 from listen_dist.config import Config, ConfigError
 from listen_dist.data.loader import find_filler, training_steps
+from listen_dist.data.mixture import Mixture
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint
 from listen_dist.engine.assembly import Parts, assemble
@@ -123,9 +124,10 @@ def set_up(config: Config, device: torch.device) -> Run:
 def clips_of_any_rank(parts: Parts) -> Iterator[Batch]:
     """The training batches in plan order, all of them, alike on every rank."""
     data = parts.config.data
+    reader = parts.reader(data.train, with_targets=True)
     steps = training_steps(
-        parts.reader(data.train, with_targets=True), [entry.weight for entry in data.train], parts.token_cost(0),
-        replace(data, workers=0), parts.config.train.seed, per_step=1, rank=0, world_size=1, start=LoaderState())
+        reader, parts.mixture(reader), parts.token_cost(0), replace(data, workers=0), parts.config.train.seed,
+        per_step=1, rank=0, world_size=1, start=LoaderState())
     return (batch for batches, _ in steps for batch in batches)
 
 
@@ -146,7 +148,8 @@ def summarize(run: Run) -> None:
     for rank, size_held in enumerate(held):
         logger.info("rank %d of %d holds %.1f MiB of the LLM (parallel.llm = %s), all of the rest, on %s",
                     rank, len(held), size_held / 2**20, config.parallel.llm, model.device)
-    plan = plan_memory(config, sizes, Cluster(dist.world_size(), dist.world_size()), config.parallel.llm)
+    cluster = Cluster(dist.world_size(), len(dist.node_ranks(config.parallel.node_size)[0]))
+    plan = plan_memory(config, sizes, cluster, config.parallel.llm)
     for line in plan.lines():
         logger.info(line)
 
@@ -155,10 +158,13 @@ def train(run: Run) -> None:
     """The loop: take a step's batches, step, now and then report and save."""
     config, model = run.config, run.parts.model
     reader = run.parts.reader(config.data.train, with_targets=True)
-    weights = [entry.weight for entry in config.data.train]
+    mixture = run.parts.mixture(reader)
+    for line in mixture.describe():
+        logger.info(line)
     per_step = config.train.batches_per_step or dist.world_size()
-    steps = training_steps(reader, weights, run.parts.token_cost(config.pool.k_max), config.data, config.train.seed,
-                           per_step, dist.rank(), dist.world_size(), run.state.loader)
+    steps = training_steps(reader, mixture, run.parts.token_cost(config.pool.k_max), config.data, config.train.seed,
+                           per_step, dist.rank(), dist.world_size(), run.state.loader,
+                           pin_memory=model.device.type == "cuda")
     meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples)
     filler = find_filler(reader)
     model.train()
@@ -172,18 +178,22 @@ def train(run: Run) -> None:
         meter.add(result, batches)
         run.state = replace(run.state, step=step + 1, loader=loader_state)
         if run.state.step % config.train.log_every == 0 or run.state.step == run.last_step:
-            report(run, meter, result.rate, float(result.grad_norm))
+            report(run, meter, mixture, result.rate, float(result.grad_norm))
         last = run.state.step >= run.last_step
         if run.state.step % config.train.checksum_every == 0 or last:
             run.replicated.prove_equal(run.state.step)
         if run.state.step % config.train.save_every == 0 or last:
             run.state = replace(run.state, finished=last)
             save(run)
+    steps.close()  # ends the loader's processes
+    passes = mixture.epochs(run.state.loader.samples)
+    logger.info("gone through: %s", ", ".join(f"{label} {times:.2f} times" for label, times in passes.items()))
 
 
-def report(run: Run, meter: Meter, rate: float, grad_norm: float) -> None:
+def report(run: Run, meter: Meter, mixture: Mixture, rate: float, grad_norm: float) -> None:
     """One progress line, the trackers, and the stop when too much of the data is bad."""
     metrics = meter.report() | {"learning_rate": rate, "grad_norm": grad_norm}
+    metrics |= {f"epochs_{label}": times for label, times in mixture.epochs(run.state.loader.samples).items()}
     step, config = run.state.step, run.config
     left_out = int(metrics["skipped_steps"])
     if left_out:

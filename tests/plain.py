@@ -75,8 +75,8 @@ def run_clip(llm: PreTrainedModel, weights: Mapping[str, Tensor], clip: Clip, fr
     scores, chosen = choose(weights, context, k)
     table = llm.get_input_embeddings().weight
     sequence = torch.cat([weights["pool.values"][chosen], table[list(frame.bos)], context, table[clip.target]])
-    logits = llm(inputs_embeds=sequence[None]).logits[0]
-    predicting = logits[-len(clip.target) - 1 : -1]
+    logits = llm(inputs_embeds=sequence[None].to(table.dtype)).logits[0]
+    predicting = logits[-len(clip.target) - 1 : -1].float()
     loss = functional.cross_entropy(predicting, torch.tensor(clip.target), reduction="sum")
     return Outcome(loss, scores[chosen].sum(), chosen, predicting)
 

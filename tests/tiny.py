@@ -190,7 +190,8 @@ def speech_records(count: int, prefix: str = "speech") -> list[Record]:
     records = []
     for i in range(count):
         if i % 3 == 2:
-            records.append(Record(f"{prefix}-{i:02d}", (), "language_id", LANGUAGES[i % 2]))
+            records.append(Record(f"{prefix}-{i:02d}", (), "language_id", LANGUAGES[i % 2],
+                                  meta={"choices": list(LANGUAGES)}))
         else:
             words = [WORDS[(i * 5 + j) % len(WORDS)] for j in range(1 + i * 7 % 11)]
             records.append(Record(f"{prefix}-{i:02d}", (), "asr", " ".join(words), language="en"))
@@ -203,7 +204,8 @@ def sound_records(count: int, prefix: str = "sound") -> list[Record]:
     for i in range(count):
         if i % 2:
             records.append(Record(f"{prefix}-qa-{i:02d}", (), "speech_qa", ("yes", "no")[i // 2 % 2],
-                                  question=f"Is the line {WORDS[i]}?"))
+                                  question=f"Is the line {WORDS[i]}?",
+                                  meta={"choices": ["yes", "no"]}))
         else:
             names = (f"a {WORDS[i % 12]} tone", f"{WORDS[i % 12]} noise that goes {WORDS[(i + 3) % 12]}")
             records.append(Record(f"{prefix}-{i:02d}", (), "caption", references=names))

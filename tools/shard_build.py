@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -15,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from listen_dist.data.decode import AudioError, decode_audio, join_utterances, probe_seconds
-from listen_dist.data.manifest import ManifestError, atomic_file, read_manifest, record_to_dict
+from listen_dist.data.manifest import ManifestError, atomic_file, file_sha256, read_manifest, record_to_dict
 from listen_dist.data.shard_writer import WrittenShard, shard_name, write_index, write_shard
 from listen_dist.data.shards import (
     FORMAT_VERSION,
@@ -27,7 +31,6 @@ from listen_dist.data.shards import (
     ShardEntry,
     ShardError,
     ShardIndex,
-    file_sha256,
 )
 from listen_dist.structures import ENCODER_RATE, SAMPLE_RATE, AudioSample, Record, SkippedSample
 
@@ -39,6 +42,10 @@ PROGRESS_FOLDER = ".build"
 """In the output folder: what each finished shard was built from; makes a run resumable."""
 _ASSUMED_SECONDS = 10.0
 """For planning only: a clip whose length neither the manifest nor its header tells."""
+# On a log file instead of a terminal: a line in half a minute.
+_QUIET: dict[str, Any] = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
+_MEASURED = 32
+"""Samples written to learn how many bytes a second of audio takes."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,13 @@ class BuildOptions:
     """What decides the bytes, beside the manifests."""
 
     shard_seconds: float
+    """Audio a shard; 0: as much as fills `shard_bytes`."""
     max_seconds: float
     speech_encoder: str | None
     """Folder or name of the Whisper model whose frames are stored; None: no features."""
     dtype: str
+    shard_bytes: int = 0
+    """Size of a shard, about."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +96,25 @@ def build(
     """
     features = _feature_info(options)
     jobs = {out: plan_jobs(_read_all(manifests), out, options, features) for out, manifests in sets.items()}
-    for out, group in jobs.items():
-        _check_output(out, group, overwrite)
-        (out / PROGRESS_FOLDER).mkdir(parents=True, exist_ok=True)
-    done = _run_jobs([job for group in jobs.values() for job in group], workers)
-    return [_finish_set(out, [done[out, job.name] for job in group], features) for out, group in jobs.items()]
+    with contextlib.ExitStack() as locks:
+        for out, group in jobs.items():
+            (out / PROGRESS_FOLDER).mkdir(parents=True, exist_ok=True)
+            locks.enter_context(_only_writer(out))
+            _check_output(out, group, overwrite)
+        done = _run_jobs([job for group in jobs.values() for job in group], workers)
+        return [_finish_set(out, [done[out, job.name] for job in group], features) for out, group in jobs.items()]
+
+
+@contextlib.contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Hold a set's lock, and remove what a killed writer left half written."""
+    try:
+        with FileLock(out / PROGRESS_FOLDER / "lock", timeout=0):
+            for leftover in (*out.glob(".*.tar.*"), *out.glob(".*.json.*"), *out.glob(f"{PROGRESS_FOLDER}/.*.json.*")):
+                leftover.unlink()
+            yield
+    except Timeout:
+        raise ShardError(f"{out}: another process is writing shards here; wait for it, or end it") from None
 
 
 def _finish_set(out: Path, done: list[Done], features: FeatureInfo | None) -> ShardIndex:
@@ -111,15 +135,16 @@ def _finish_set(out: Path, done: list[Done], features: FeatureInfo | None) -> Sh
 def plan_jobs(
     records: list[Record], out: Path, options: BuildOptions, features: FeatureInfo | None
 ) -> list[Job]:
-    """Cut the records, in the order of md5(id), into shards of about `shard_seconds`."""
+    """Cut the records, in the order of md5(id), into shards of about `shard_seconds` or `shard_bytes`."""
     ordered = sorted(records, key=lambda r: hashlib.md5(r.id.encode(), usedforsecurity=False).digest())
+    shard_seconds = options.shard_seconds or options.shard_bytes / _bytes_per_second(ordered, options)
     groups: list[list[Record]] = [[]]
     filled = 0.0
-    for record in tqdm(ordered, desc="plan", unit="clip", disable=None, leave=False):
+    for record in tqdm(ordered, desc="plan", unit="clip", leave=False, **_QUIET):
         seconds = record.duration or sum(
             probe_seconds(a) or _ASSUMED_SECONDS for a in record.audio if os.path.isfile(a)
         )
-        if groups[-1] and filled + seconds > options.shard_seconds:
+        if groups[-1] and filled + seconds > shard_seconds:
             groups.append([])
             filled = 0.0
         groups[-1].append(record)
@@ -128,6 +153,21 @@ def plan_jobs(
         Job(shard_name(number), out, tuple(group), _plan_hash(group, options, features), options)
         for number, group in enumerate(groups)
     ]
+
+
+def _bytes_per_second(ordered: list[Record], options: BuildOptions) -> float:
+    """Bytes in a shard for a second of audio, measured by writing the first samples.
+
+    Raises:
+        ShardError: not one of them can be used.
+    """
+    with tempfile.TemporaryDirectory(prefix="listen-measure-") as folder:
+        job = Job(shard_name(0), Path(folder), tuple(ordered[:_MEASURED]), "", options)
+        written = write_shard(job.folder / job.name, _usable_samples(job, []))
+    if written is None:
+        raise ShardError(f"none of the first {len(job.records)} samples can be used, so what a second takes is not "
+                         "known; give --shard-seconds, and see skipped.jsonl then")
+    return written.entry.bytes / written.entry.seconds
 
 
 def build_shard(job: Job) -> Done:
@@ -207,31 +247,29 @@ def _saved_plan(out: Path, name: str) -> str | None:
 
 def _run_jobs(jobs: list[Job], workers: int) -> dict[tuple[Path, str], Done]:
     done: dict[tuple[Path, str], Done] = {}
-    clips = sum(len(job.records) for job in jobs)
-    with tqdm(total=clips, desc="shards", unit="clip", disable=None, smoothing=0.05) as bar:
-        for job, result in _results(jobs, workers):
+    # What an earlier run finished comes first and is not counted as speed: the time left would be far too short.
+    for job in tqdm(jobs, desc="check finished shards", unit="shard", leave=False, **_QUIET):
+        if kept := _finished(job):
+            done[job.folder, job.name] = kept
+    left = [job for job in jobs if (job.folder, job.name) not in done]
+    clips, missing = (sum(len(job.records) for job in some) for some in (jobs, left))
+    with tqdm(total=clips, initial=clips - missing, desc="shards", unit="clip", smoothing=0.05, **_QUIET) as bar:
+        for job, result in _results(left, workers):
             done[job.folder, job.name] = result
             bar.update(len(job.records))
     return done
 
 
 def _results(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Done]]:
-    """Yield jobs as they finish; those an earlier run finished first, since starting workers takes seconds."""
-    left = []
-    for job in jobs:
-        kept = _finished(job)
-        if kept:
-            yield job, kept
-        else:
-            left.append(job)
-    if workers == 1 or len(left) < 2:
-        for job in left:
+    """Build shards and yield them as they finish."""
+    if workers == 1 or len(jobs) < 2:
+        for job in jobs:
             yield job, build_shard(job)
         return
     # spawn: forking a process in which torch has started threads can hang
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(left)), mp_context=context) as pool:
-        futures = {pool.submit(build_shard, job): job for job in left}
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        futures = {pool.submit(build_shard, job): job for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
 

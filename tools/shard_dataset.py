@@ -7,6 +7,9 @@
     python tools/shard_dataset.py M.jsonl OUT --features speech --speech-encoder assets/models/whisper-tiny.en
     python tools/shard_dataset.py OUT --verify          # check the hashes and decode every sample
     python tools/shard_dataset.py OUT --stats           # hours, tasks, languages, lengths
+    python tools/shard_dataset.py OUT --plot set.png    # the same as a picture
+
+A set that lies elsewhere (https://host/set, s3://bucket/set) can be verified and counted too.
 
 Samples are laid out in the order of md5(id), so that every shard is a fair sample of the whole. The same
 input gives the same bytes. A run that was stopped goes on where it was: finished shards whose hash and
@@ -21,7 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from shard_build import BuildOptions, build
-from shard_stats import print_stats, verify_all
+from shard_stats import plot, print_stats, verify_all
 
 from listen_dist.data.shards import ShardIndex
 
@@ -32,10 +35,11 @@ def main() -> None:
     try:
         if options.manifests:
             settings = BuildOptions(
-                shard_seconds=options.shard_seconds,
+                shard_seconds=0.0 if options.shard_mb else options.shard_seconds,
                 max_seconds=options.max_seconds,
                 speech_encoder=options.speech_encoder if options.features else None,
                 dtype=options.dtype,
+                shard_bytes=int(options.shard_mb * 1e6),
             )
             indexes = build(_sets(options), settings, options.workers, options.overwrite)
         else:
@@ -45,6 +49,8 @@ def main() -> None:
                 verify_all(index, options.max_seconds)
             if options.stats:
                 print_stats(index)
+            if options.plot:
+                plot(index, options.plot)
     except BrokenProcessPool:
         sys.exit("error: a worker process died (out of memory?); run again with fewer --workers to go on")
     except (ValueError, OSError) as error:
@@ -53,9 +59,10 @@ def main() -> None:
 
 def _sets(options: argparse.Namespace) -> dict[Path, list[Path]]:
     """Return output folder → its manifests."""
+    out = Path(options.out)
     if not options.separate:
-        return {options.out: options.manifests}
-    sets = {options.out.joinpath(*manifest.stem.split(".")): [manifest] for manifest in options.manifests}
+        return {out: options.manifests}
+    sets = {out.joinpath(*manifest.stem.split(".")): [manifest] for manifest in options.manifests}
     if len(sets) < len(options.manifests):
         raise ValueError("--separate: two manifests have the same name, so their shards would share a folder")
     return sets
@@ -66,13 +73,15 @@ def _parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("manifests", type=Path, nargs="*", help="JSON lines, one sample a line")
-    parser.add_argument("out", type=Path, help="folder for the shards (made if missing)")
+    parser.add_argument("out", help="folder for the shards (made if missing)")
     parser.add_argument(
         "--separate",
         action="store_true",
         help="a folder for each manifest: OUT/asr/train for asr.train.jsonl",
     )
-    parser.add_argument("--shard-seconds", type=float, default=600.0, help="audio a shard (default 600)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--shard-seconds", type=float, default=600.0, help="audio a shard (default 600)")
+    size.add_argument("--shard-mb", type=float, default=0.0, help="or: megabytes a shard, about")
     parser.add_argument("--max-seconds", type=float, default=30.0, help="skip longer samples (default 30)")
     parser.add_argument(
         "--workers", type=int, default=2, help="processes, a shard each at a time (default 2)"
@@ -89,13 +98,18 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace shards of another manifest in OUT")
     parser.add_argument("--verify", action="store_true", help="check hashes, decode every sample")
     parser.add_argument("--stats", action="store_true", help="print hours, tasks, languages, lengths")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw lengths and hours by task (png, pdf, svg)")
     options = parser.parse_args()
     if bool(options.features) != bool(options.speech_encoder):
         parser.error("--features speech and --speech-encoder DIR go together")
-    if not options.manifests and not (options.verify or options.stats):
-        parser.error("give a manifest and a folder, or one folder with --verify or --stats")
-    if options.shard_seconds <= 0 or options.max_seconds <= 0 or options.workers < 1:
-        parser.error("--shard-seconds, --max-seconds and --workers must be above 0")
+    if not options.manifests and not (options.verify or options.stats or options.plot):
+        parser.error("give a manifest and a folder, or one folder with --verify, --stats or --plot")
+    if options.manifests and "://" in options.out:
+        parser.error("shards are written to a local or shared folder; copy them to their server afterwards")
+    if options.plot and options.separate:
+        parser.error("--plot draws one set: call it for each folder")
+    if options.shard_seconds <= 0 or options.shard_mb < 0 or options.max_seconds <= 0 or options.workers < 1:
+        parser.error("--shard-seconds, --shard-mb, --max-seconds and --workers must be above 0")
     return options
 
 

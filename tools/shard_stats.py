@@ -1,38 +1,55 @@
-"""What `shard_dataset.py --stats` prints and `--verify` checks."""
+"""What `shard_dataset.py --stats` prints, `--plot` draws and `--verify` checks."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from listen_dist.data.shard_members import Want
+from listen_dist.data.shard_members import ShardError, Want
 from listen_dist.data.shards import ShardIndex
+from listen_dist.structures import SAMPLE_RATE, AudioSample
 
 _EDGES = [0, 1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 1e9]
 """Seconds: the bins of the histogram of lengths."""
 
 
 def verify_all(index: ShardIndex, max_seconds: float) -> None:
-    """Check every hash, and read and decode every sample.
+    """Check every hash, read and decode every sample, and compare it with what the sidecar says of it.
 
     Raises:
         ShardError: the first thing that is wrong.
     """
     index.verify()
     want: Want = "both" if index.features else "audio"
-    with tqdm(total=index.samples, desc="verify", unit="clip", disable=None) as bar:
-        for number in range(len(index.shards)):
-            for row in range(len(index.shard_table(number))):
-                index.read_sample(number, row, want=want, max_seconds=max_seconds)
+    shard_of: dict[str, str] = {}
+    with tqdm(total=index.samples, desc="verify", unit="clip", mininterval=0.5 if sys.stderr.isatty() else 30.0) as bar:
+        for number, entry in enumerate(index.shards):
+            table, where = index.shard_table(number), str(index.folder / entry.name)
+            for row, name in enumerate(table.ids):
+                if name in shard_of:
+                    raise ShardError(f"{where}: id {name!r} stands in {shard_of[name]} too; ids are unique in a set")
+                shard_of[name] = where
+                sample = index.read_sample(number, row, want=want, max_seconds=max_seconds)
+                _compare(sample, float(table.seconds[row]), str(table.tasks[row]), where)
                 bar.update()
     print(f"{index.folder}: all {index.samples} samples in {len(index.shards)} shards are intact")
 
 
+def _compare(sample: AudioSample, seconds: float, task: str, where: str) -> None:
+    assert sample.waveform is not None
+    found = len(sample.waveform) / SAMPLE_RATE
+    if sample.record.task != task or abs(found - seconds) > 1 / SAMPLE_RATE:
+        raise ShardError(f"{where}: sample {sample.record.id!r} is {sample.record.task}, {found:.4f} s; its sidecar "
+                         f"says {task}, {seconds:.4f} s; write the shard anew")
+
+
 def print_stats(index: ShardIndex) -> None:
     """Print hours, tasks, languages and a histogram of lengths."""
-    tables = [index.shard_table(number) for number in range(len(index.shards))]
-    seconds = np.concatenate([table.seconds for table in tables])
-    tasks = np.concatenate([table.tasks for table in tables])
+    seconds, tasks = _columns(index)
     features = index.features
     print(f"{index.folder}: {index.samples} samples, {seconds.sum() / 3600:.2f} h, {index.skipped} skipped")
     print(f"shards: {len(index.shards)}, {sum(shard.bytes for shard in index.shards) / 1e6:.1f} MB")
@@ -46,3 +63,29 @@ def print_stats(index: ShardIndex) -> None:
     for low, high, count in zip(_EDGES, _EDGES[1:], counts, strict=False):
         label = f"{low:g} to {high:g} s" if high < 1e9 else f"over {low:g} s"
         print(f"{label:>14}{count:>9}  {'#' * round(50 * count / max(counts.max(), 1))}")
+
+
+def plot(index: ShardIndex, path: Path) -> None:
+    """Draw the lengths, stacked by task, and the hours of each task into a png, pdf or svg.
+
+    Raises:
+        ValueError: another kind of file.
+    """
+    seconds, tasks = _columns(index)
+    names = sorted(index.tasks)
+    groups = [seconds[tasks == name] for name in names]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    lengths, hours = figure.subplots(1, 2, width_ratios=(2, 1))
+    lengths.hist(groups, bins=40, stacked=True, label=names)
+    lengths.set(xlabel="seconds", ylabel="samples", title=f"{index.samples} samples, {seconds.sum() / 3600:.2f} h")
+    lengths.legend()
+    hours.barh(names, [group.sum() / 3600 for group in groups], color=[f"C{i}" for i in range(len(names))])
+    hours.set(xlabel="hours", title=str(index.folder)[-40:])
+    figure.savefig(path, dpi=150)
+    print(f"{index.folder}: drawn in {path}")
+
+
+def _columns(index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds and task of every sample."""
+    tables = [index.shard_table(number) for number in range(len(index.shards))]
+    return np.concatenate([table.seconds for table in tables]), np.concatenate([table.tasks for table in tables])

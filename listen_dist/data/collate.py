@@ -20,6 +20,8 @@ class Prepared:
     after_ids: list[int]
     target_ids: list[int]
     seconds: float
+    choices: tuple[str, ...] = ()
+    choice_ids: tuple[list[int], ...] = ()
     fbank: torch.Tensor | None = None
     """float32 [M, 128] for the audio encoder, where there is one and the features are not stored."""
 
@@ -39,6 +41,8 @@ def collate(samples: list[Prepared], is_features: bool, skipped: list[SkippedSam
         target_ids=[sample.target_ids for sample in samples],
         answers=[sample.record.answers for sample in samples],
         seconds=[sample.seconds for sample in samples],
+        choices=[sample.choices for sample in samples],
+        choice_ids=[list(sample.choice_ids) for sample in samples],
         skipped=skipped,
         fbank=pad_sequence(fbanks, batch_first=True) if fbanks else None,
         fbank_lengths=torch.tensor([len(bank) for bank in fbanks], dtype=torch.long) if fbanks else None,

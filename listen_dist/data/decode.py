@@ -28,6 +28,10 @@ JOIN_SILENCE_SECONDS = 0.1
 _MAX_RESAMPLING_TAPS = 1 << 24
 
 
+_UNKNOWN_FRAMES = 1 << 62
+"""libsndfile's length of a FLAC that was written to a pipe; it can't read such a one."""
+
+
 class AudioError(ValueError):
     """An audio file or member that can't be used; the message says why."""
 
@@ -78,6 +82,8 @@ def _decode_any(source: bytes | str | os.PathLike[str], max_seconds: float) -> t
     except soundfile.LibsndfileError:
         return _decode_av(source, max_seconds, None)
     with file:
+        if file.frames >= _UNKNOWN_FRAMES:
+            return _decode_av(source, max_seconds, None)
         return _read_soundfile(file, max_seconds)
 
 
@@ -142,7 +148,7 @@ def _to_model_audio(samples: np.ndarray, rate: int, max_seconds: float) -> np.nd
         raise AudioError(f"longer than the limit of {max_seconds:g} s")
     if seconds < MIN_SECONDS:
         raise AudioError(f"holds {samples.shape[1]} samples, less than {MIN_SECONDS} s")
-    mono = samples.mean(axis=0, dtype=np.float32)
+    mono = samples[0] if len(samples) == 1 else samples.mean(axis=0, dtype=np.float32)
     if not np.isfinite(mono).all():
         raise AudioError("holds values that are not finite (NaN or infinity)")
     if rate != SAMPLE_RATE:

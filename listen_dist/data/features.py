@@ -17,7 +17,9 @@ class LogMel:
     """Waveforms to Whisper's log-mel spectrograms on their true length; picklable, for loader workers."""
 
     def __init__(self, extractor: WhisperFeatureExtractor) -> None:
-        self._extractor = extractor
+        self._fft, self._hop = extractor.n_fft, extractor.hop_length
+        self._window = torch.hann_window(extractor.n_fft)
+        self._filters = torch.from_numpy(extractor.mel_filters).float().T  # [mels, bins]
 
     @classmethod
     def from_pretrained(cls, path: str) -> LogMel:
@@ -28,10 +30,12 @@ class LogMel:
         """float32 [S] at 16 kHz → float32 [mels, M], M = max(S, 400) // 160 frames of 10 ms."""
         if len(waveform) < MIN_SAMPLES:
             waveform = np.pad(waveform, (0, MIN_SAMPLES - len(waveform)))
-        features = self._extractor(
-            waveform, sampling_rate=SAMPLE_RATE, padding=False, truncation=False,  # type: ignore[arg-type]
-            return_tensors="np")["input_features"]
-        return torch.from_numpy(features[0])
+        # As WhisperFeatureExtractor does it, to the last bit; its call costs as much again for short clips.
+        spectrum = torch.stft(torch.from_numpy(waveform)[None], self._fft, self._hop, window=self._window,
+                              return_complex=True)
+        mel = self._filters @ spectrum[0, :, :-1].abs() ** 2
+        log_mel = mel.clamp(min=1e-10).log10()
+        return (torch.maximum(log_mel, log_mel.max() - 8.0) + 4.0) / 4.0
 
 
 class Fbank:

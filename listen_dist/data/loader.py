@@ -5,11 +5,12 @@ Stages, in the order a sample passes them:
 1. plan      schedule.py deals out sample references; every rank makes the same plan
 2. read      one read of the tar's byte range (shards.py)
 3. decode    FLAC to a waveform (decode.py), or the stored encoder frames as they are
-4. features  log-mel, and a filterbank for an audio encoder, on the true length (features.py)
-5. text      instruction and target to token ids (text.py)
-6. collate   padding and true lengths (collate.py)
+4. augment   in training, if asked for: the waveform, and after stage 5 the log-mel (augment.py)
+5. features  log-mel, and a filterbank for an audio encoder, on the true length (features.py)
+6. text      instruction and target to token ids (text.py)
+7. collate   padding and true lengths (collate.py)
 
-Stages 2 to 6 are `BatchReader`, which runs in torch DataLoader workers. A sample that
+Stages 2 to 7 are `BatchReader`, which runs in torch DataLoader workers. A sample that
 fails in them is named in the batch and left out; the run goes on.
 """
 
@@ -17,39 +18,50 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from listen_dist.config import DataConfig
+from listen_dist.data.augment import Augmenter
 from listen_dist.data.collate import Prepared, collate
 from listen_dist.data.features import Fbank, LogMel
-from listen_dist.data.schedule import Mixture, SampleRef, TokenCost, plan_batches, plan_once
+from listen_dist.data.mixture import Mixture, SampleRef
+from listen_dist.data.schedule import TokenCost, plan_batches, plan_once
 from listen_dist.data.shard_members import ShardError, Want
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
-from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch, LoaderState, SkippedSample
+from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch, LoaderState, Record, SkippedSample
+from listen_dist.tasks import choices_for
+
+
+class LoaderError(RuntimeError):
+    """A loader process died; the message says how, and what to try."""
 
 
 class BatchReader(Dataset[Batch]):
-    """Stages 2 to 6 for one micro-batch; indexed by a list of sample references.
+    """Stages 2 to 7 for one micro-batch; indexed by a list of sample references.
 
     Args:
         indexes: the sets, in the order that references count them.
         with_targets: False for decoding, where the model must not see the answer.
+        augmenter: changes the audio, in training.
         fbank: given where there is an audio encoder beside the speech encoder.
     """
 
     def __init__(self, indexes: Sequence[ShardIndex], log_mel: LogMel, text: TextEncoder, config: DataConfig,
-                 with_targets: bool, fbank: Fbank | None = None) -> None:
+                 with_targets: bool, augmenter: Augmenter | None = None, fbank: Fbank | None = None) -> None:
         self.indexes = list(indexes)
         self._log_mel = log_mel
         self._fbank = fbank
         self._text = text
         self._config = config
         self._with_targets = with_targets
+        self._augmenter = augmenter
         # One kind of input for all sets: a batch may mix them. Shards store the speech encoder's frames alone.
         self.is_features = config.stored_features and fbank is None and all(index.features for index in indexes)
 
@@ -74,17 +86,34 @@ class BatchReader(Dataset[Batch]):
         if len(target) > config.max_target_tokens:
             raise ShardError(f"target of {len(target)} tokens is above data.max_target_tokens = "
                              f"{config.max_target_tokens}")
-        seconds = float(index.shard_table(ref.shard).seconds[ref.row])
-        if seconds > config.max_seconds:  # decoding refuses a long clip, stored features know no length
-            raise ShardError(f"clip of {seconds:.1f} s is above data.max_seconds = {config.max_seconds}")
         fbank = None
         if sample.features is not None:
+            seconds = float(index.shard_table(ref.shard).seconds[ref.row])
+            if seconds > config.max_seconds:  # decoding refuses a long clip, stored features know no length
+                raise ShardError(f"clip of {seconds:.1f} s is above data.max_seconds = {config.max_seconds}")
             audio = torch.from_numpy(sample.features.copy())
         else:
             assert sample.waveform is not None
-            audio, seconds = self._log_mel(sample.waveform), len(sample.waveform) / SAMPLE_RATE
-            fbank = self._fbank(sample.waveform) if self._fbank else None
-        return Prepared(sample.record, audio, self._text.after_ids(sample.record), target, seconds, fbank)
+            audio, fbank, seconds = self._features(sample.waveform, sample.record.id, ref.epoch)
+        choices = () if self._with_targets else self._choices(sample.record)
+        return Prepared(sample.record, audio, self._text.after_ids(sample.record), target, seconds, choices,
+                        tuple(self._text.target_ids(choice) for choice in choices), fbank)
+
+    def _choices(self, record: Record) -> tuple[str, ...]:
+        try:
+            return choices_for(record)
+        except ValueError as error:
+            raise ShardError(str(error)) from None
+
+    def _features(self, wave: np.ndarray, name: str, epoch: int) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+        """Log-mel [mels, M] of a waveform [S], its filterbank [M', 128] and its seconds, all after augmentation."""
+        if self._augmenter is None:
+            log_mel = self._log_mel(wave)
+        else:
+            random = self._augmenter.generator(name, epoch)
+            wave = self._augmenter.waveform(wave, random)
+            log_mel = self._augmenter.log_mel(self._log_mel(wave), random)
+        return log_mel, self._fbank(wave) if self._fbank else None, len(wave) / SAMPLE_RATE
 
 
 class _StepSampler:
@@ -109,19 +138,25 @@ class _StepSampler:
             yield from mine
 
 
-def training_steps(reader: BatchReader, weights: Sequence[float], cost: TokenCost, config: DataConfig, seed: int,
-                   per_step: int, rank: int, world_size: int, start: LoaderState,
-                   ) -> Iterator[tuple[list[Batch], LoaderState]]:
+def training_steps(reader: BatchReader, mixture: Mixture, cost: TokenCost, config: DataConfig, seed: int,
+                   per_step: int, rank: int, world_size: int, start: LoaderState, pin_memory: bool = False,
+                   ) -> Generator[tuple[list[Batch], LoaderState], None, None]:
     """Endless optimizer steps: this rank's micro-batches of each, and the state behind it.
 
+    Closing the iterator ends the worker processes.
+
     Args:
-        weights: share of each of the reader's sets.
+        mixture: of the reader's sets.
         per_step: micro-batches of a step over all ranks together.
         start: where to go on; the default state begins anew.
+        pin_memory: hand out page-locked tensors, which a GPU takes faster.
+
+    Raises:
+        LoaderError: a worker process died.
     """
-    plan = plan_batches(Mixture(reader.indexes, weights, seed), cost, config.batch_tokens, config.window, seed, start)
+    plan = plan_batches(mixture, cost, config.batch_tokens, config.window, seed, start)
     sampler = _StepSampler(plan, per_step, rank, world_size)
-    batches = iter(_data_loader(reader, sampler, config.workers))
+    batches = _batches(reader, sampler, config.workers, pin_memory)
     while True:
         yield [next(batches) for _ in range(sampler.rounds)], sampler.states.popleft()
 
@@ -131,7 +166,7 @@ def decoding_batches(reader: BatchReader, cost: TokenCost, budget: int, workers:
     """This rank's share of one pass over the reader's only set; over all ranks every sample comes once."""
     (index,) = reader.indexes
     batches = plan_once(index, cost, budget, limit)
-    return iter(_data_loader(reader, batches[rank::world_size], workers))
+    return _batches(reader, batches[rank::world_size], workers)
 
 
 def find_filler(reader: BatchReader) -> Batch:
@@ -141,7 +176,7 @@ def find_filler(reader: BatchReader) -> Batch:
         ShardError: none of the first samples can be used.
     """
     refs = (SampleRef(number, shard, row) for number, index in enumerate(reader.indexes)
-            for shard, entry in enumerate(index.shards) for row in range(entry.samples))
+            for shard, count in enumerate(index.counts) for row in range(count))
     reason = "no samples"
     for ref in itertools.islice(refs, 1000):
         batch = reader[[ref]]
@@ -151,8 +186,18 @@ def find_filler(reader: BatchReader) -> Batch:
     raise ShardError(f"none of the first samples of {reader.indexes[0].folder} can be used, the last because: {reason}")
 
 
-def _data_loader(reader: BatchReader, sampler: object, workers: int) -> DataLoader[Batch]:
-    return DataLoader(reader, sampler=sampler, batch_size=None, num_workers=workers,  # type: ignore[arg-type]
-                      prefetch_factor=4 if workers else None, persistent_workers=workers > 0,
-                      # Forked children of a process that runs gloo or CUDA threads can hang.
-                      multiprocessing_context="spawn" if workers else None)
+def _batches(reader: BatchReader, sampler: object, workers: int, pin_memory: bool = False) -> Iterator[Batch]:
+    """The batches that `sampler` names, in its order; closing the iterator ends the workers."""
+    loader: DataLoader[Batch] = DataLoader(
+        reader, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=pin_memory,  # type: ignore[arg-type]
+        prefetch_factor=4 if workers else None,
+        # Forked children of a process that runs gloo or CUDA threads can hang.
+        multiprocessing_context="spawn" if workers else None)
+    try:
+        yield from loader
+    except RuntimeError as error:
+        # What a worker raised comes with its own type and traceback; only a death is told so.
+        if not re.search(r"DataLoader worker .*(killed|exited)", str(error)):
+            raise
+        raise LoaderError(f"{error}\nA loader process died. Killed by signal 9 mostly means that memory ran out: lower "
+                          f"data.workers = {workers}, or data.batch_tokens") from error

@@ -2,12 +2,10 @@
 
 The plan of training is made in three steps, each a function of (indexes, seed):
 
-1. `SetOrder`: one set's samples as an endless stream. In each epoch the shards are
-   permuted, and the samples of every GROUP consecutive shards are permuted together.
-2. `Mixture`: sets interleaved by weight. After n samples every set has given its share
-   of n, rounded; so task shares hold over any stretch, and position n is found at once.
-3. `plan_batches`: `window` consecutive samples of the mixture are sorted by length, cut
-   into batches by a token budget, and the batches are shuffled.
+1. `Mixture` (mixture.py): the endless sequence of samples; every set gives its share of any stretch.
+2. `cut_evenly`: `window` consecutive samples are sorted by length and cut into as few batches as the
+   token budget allows, all of nearly the same number of tokens.
+3. `spread`: the batches of a window are put in an order in which every stretch holds nearly each set's share.
 
 Ranks deal the batches out among themselves afterwards (see loader.py), so the order does
 not depend on how many there are.
@@ -15,27 +13,19 @@ not depend on how many there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
+from listen_dist.data.mixture import Mixture, SampleRef
 from listen_dist.data.shards import ShardIndex
 from listen_dist.dist import derived_seed
 from listen_dist.structures import LoaderState
 
-GROUP = 16
-"""Shards whose samples are permuted together."""
-
-
-@dataclass(frozen=True)
-class SampleRef:
-    """A sample by place: set, shard within the set, row within the shard."""
-
-    set: int
-    shard: int
-    row: int
+EVENNESS = 1 / 200
+"""How near the least even batch size is looked for, as a share of the budget."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,7 @@ class TokenCost:
     """How many LLM tokens a sample takes, estimated from what the index knows."""
 
     fixed: int
-    """Prompts, BOS and the text before the audio."""
+    """Prompts, BOS, the text before the audio, what follows it besides the instruction, and EOS."""
     audio_tokens_per_second: float
     characters_per_token: float = 3.5
 
@@ -52,115 +42,98 @@ class TokenCost:
         return self.fixed + np.ceil(seconds * self.audio_tokens_per_second) + characters / self.characters_per_token
 
 
-class SetOrder:
-    """One set's endless stream of (shard, row)."""
-
-    def __init__(self, index: ShardIndex, seed: int) -> None:
-        self.index = index
-        self._seed = seed
-        self._counts = np.array([shard.samples for shard in index.shards])
-        self._epoch = lru_cache(maxsize=2)(self._shard_order)
-        self._group = lru_cache(maxsize=2)(self._group_order)
-
-    def at(self, position: int) -> tuple[int, int]:
-        """The sample at a position of the stream; positions go on over epochs without end."""
-        epoch, within = divmod(position, self.index.samples)
-        _, group_ends = self._epoch(epoch)
-        group = int(np.searchsorted(group_ends, within, side="right"))
-        start = int(group_ends[group - 1]) if group else 0
-        shards, rows = self._group(epoch, group)
-        return int(shards[within - start]), int(rows[within - start])
-
-    def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Permuted shard numbers of an epoch, and the running sample count at each group's end."""
-        order = np.random.default_rng(derived_seed("shards", self._seed, epoch)).permutation(len(self._counts))
-        ends = np.cumsum(self._counts[order])
-        return order, np.append(ends[GROUP - 1 : -1 : GROUP], ends[-1])
-
-    def _group_order(self, epoch: int, group: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and row of every sample of a group, permuted."""
-        shards = self._epoch(epoch)[0][group * GROUP : (group + 1) * GROUP]
-        shard_of = np.repeat(shards, self._counts[shards])
-        row_of = np.concatenate([np.arange(self._counts[shard]) for shard in shards])
-        order = np.random.default_rng(derived_seed("rows", self._seed, epoch, group)).permutation(len(row_of))
-        return shard_of[order], row_of[order]
-
-
-class Mixture:
-    """Several sets interleaved by weight."""
-
-    def __init__(self, indexes: Sequence[ShardIndex], weights: Sequence[float], seed: int) -> None:
-        self.sets = [SetOrder(index, derived_seed("set", seed, i)) for i, index in enumerate(indexes)]
-        shares = np.array(weights, dtype=np.float64)
-        self._shares = shares / shares.sum()
-
-    def drawn(self, samples: int) -> np.ndarray:
-        """Samples taken from each set among the first `samples`.
-
-        Webster's apportionment: a set's next sample is due when its exact share passes a half.
-        Unlike rounding by largest remainders, no set's number ever falls as `samples` grows.
-        """
-        # Begin a little below and add one by one: then samples due at once come in one order for all `samples`.
-        counts = np.floor(self._shares * max(0.0, samples - 1.5 * len(self._shares)) + 0.5).astype(np.int64)
-        for _ in range(samples - int(counts.sum())):
-            counts[np.argmin((counts + 0.5) / self._shares)] += 1
-        return counts
-
-    def window(self, number: int, size: int) -> list[SampleRef]:
-        """The samples of window `number`, each set's in its stream's order."""
-        first, last = self.drawn(number * size), self.drawn((number + 1) * size)
-        return [SampleRef(i, *order.at(position)) for i, order in enumerate(self.sets)
-                for position in range(int(first[i]), int(last[i]))]
-
-    def epochs(self, samples: int) -> list[float]:
-        """How often each set has been gone through after so many samples."""
-        return [float(n) / order.index.samples for n, order in zip(self.drawn(samples), self.sets, strict=True)]
-
-
 def costs_of(refs: Sequence[SampleRef], indexes: Sequence[ShardIndex], cost: TokenCost) -> np.ndarray:
     """Estimated LLM tokens [refs] of each sample."""
     seconds, characters = np.empty(len(refs)), np.empty(len(refs))
+    tables = {place: indexes[place[0]].shard_table(place[1]) for place in {(ref.set, ref.shard) for ref in refs}}
     for i, ref in enumerate(refs):
-        table = indexes[ref.set].shard_table(ref.shard)
+        table = tables[ref.set, ref.shard]
         seconds[i], characters[i] = table.seconds[ref.row], table.text_chars[ref.row]
     return cost(seconds, characters)
 
 
-def cut_by_budget(costs: np.ndarray, order: Sequence[int], budget: float) -> list[list[int]]:
-    """Cut a sequence of samples into batches of at most `budget` tokens, padding counted.
+def cut_by_budget(costs: np.ndarray, order: Sequence[int], budget: float, real: float = math.inf) -> list[list[int]]:
+    """Cut a sequence of samples into batches of at most `budget` tokens with padding and `real` without.
 
     `order` must go from short to long or back; a sample above the budget is alone.
     """
     batches: list[list[int]] = []
-    longest = 0.0
-    for i in order:
-        longest = max(longest, costs[i]) if batches else costs[i]
-        if batches and (len(batches[-1]) + 1) * longest <= budget:
+    longest = total = 0.0
+    for i, cost in zip(order, costs[list(order)].tolist(), strict=True):
+        widest = max(longest, cost)
+        if batches and (len(batches[-1]) + 1) * widest <= budget and total + cost <= real:
             batches[-1].append(i)
+            longest, total = widest, total + cost
         else:
             batches.append([i])
-            longest = costs[i]
+            longest = total = cost
     return batches
+
+
+def cut_evenly(costs: np.ndarray, order: Sequence[int], budget: float) -> list[list[int]]:
+    """Cut like `cut_by_budget`, into no more batches, but with nearly equal numbers of tokens.
+
+    Ranks that get batches of one step then have nearly the same work, and no window ends in a scrap.
+    """
+    best = cut_by_budget(costs, order, budget)
+    low, high = float(costs.sum()) / len(best), float(budget)
+    while high - low > EVENNESS * budget:
+        middle = (low + high) / 2
+        batches = cut_by_budget(costs, order, budget, middle)
+        if len(batches) <= len(best):
+            best, high = batches, middle
+        else:
+            low = middle
+    return best
+
+
+def spread(counts: np.ndarray, random: np.random.Generator) -> list[int]:
+    """An order of batches in which every stretch holds nearly its share of each set.
+
+    Greedy: next comes the batch that brings what has been given closest to the shares of the whole.
+    Batches hold clips of like length and so often of one set; in random order sets would come in clumps.
+
+    Args:
+        counts: int [batches, sets], samples of each set in each batch.
+        random: breaks ties.
+    """
+    share = counts.sum(0) / counts.sum()
+    excess = counts - counts.sum(1, keepdims=True) * share  # [batches, sets]
+    left = random.permutation(len(counts)).tolist()
+    given = np.zeros(counts.shape[1])
+    order = []
+    while left:
+        place = int(np.argmin(((given + excess[left]) ** 2).sum(1)))
+        given += excess[left[place]]
+        order.append(left.pop(place))
+    return order
 
 
 def plan_batches(mixture: Mixture, cost: TokenCost, budget: float, window: int, seed: int,
                  start: LoaderState) -> Iterator[tuple[list[SampleRef], LoaderState]]:
     """The endless sequence of micro-batches from `start` on, each with the state behind it."""
-    indexes = [order.index for order in mixture.sets]
     number, offset, samples = start.window, start.offset, start.samples
     while True:
-        refs = mixture.window(number, window)
-        random = np.random.default_rng(derived_seed("batches", seed, number))
-        costs = costs_of(refs, indexes, cost)
-        shuffled = random.permutation(len(refs))
-        by_length = shuffled[np.argsort(costs[shuffled], kind="stable")]
-        batches = cut_by_budget(costs, by_length.tolist(), budget)
-        for place in random.permutation(len(batches))[offset:]:
-            batch = [refs[i] for i in batches[place]]
+        batches = plan_window(mixture, cost, budget, window, seed, number)
+        for batch in batches[offset:]:
             offset, samples = offset + 1, samples + len(batch)
             done = offset == len(batches)
             yield batch, LoaderState(number + done, 0 if done else offset, samples)
         number, offset = number + 1, 0
+
+
+def plan_window(mixture: Mixture, cost: TokenCost, budget: float, window: int, seed: int,
+                number: int) -> list[list[SampleRef]]:
+    """The micro-batches of window `number` in their order."""
+    refs = mixture.window(number, window)
+    random = np.random.default_rng(derived_seed("batches", seed, number))
+    costs = costs_of(refs, [order.index for order in mixture.sets], cost)
+    shuffled = random.permutation(len(refs))
+    by_length = shuffled[np.argsort(costs[shuffled], kind="stable")]
+    batches = cut_evenly(costs, by_length.tolist(), budget)
+    sets = np.array([ref.set for ref in refs])
+    counts = np.stack([np.bincount(sets[batch], minlength=len(mixture.sets)) for batch in batches])
+    return [[refs[i] for i in batches[place]] for place in spread(counts, random)]
 
 
 def plan_once(index: ShardIndex, cost: TokenCost, budget: float, limit: int = 0) -> list[list[SampleRef]]:
@@ -168,7 +141,7 @@ def plan_once(index: ShardIndex, cost: TokenCost, budget: float, limit: int = 0)
 
     Each batch holds one task, so that a one-word answer need not wait for a transcript.
     """
-    refs = [SampleRef(0, shard, row) for shard, entry in enumerate(index.shards) for row in range(entry.samples)]
+    refs = [SampleRef(0, shard, row) for shard, count in enumerate(index.counts.tolist()) for row in range(count)]
     refs = refs[:limit] if limit else refs
     costs = costs_of(refs, [index], cost)
     tasks = np.array([index.shard_table(ref.shard).tasks[ref.row] for ref in refs])

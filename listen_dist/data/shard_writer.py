@@ -15,9 +15,9 @@ import numpy as np
 import soundfile
 import webdataset
 
-from listen_dist.data.manifest import atomic_file, record_to_dict
+from listen_dist.data.manifest import atomic_file, file_sha256, record_to_dict
 from listen_dist.data.shard_members import FEATURE_SUFFIX
-from listen_dist.data.shards import FORMAT_VERSION, INDEX_NAME, FeatureInfo, ShardEntry, file_sha256
+from listen_dist.data.shards import FORMAT_VERSION, INDEX_NAME, FeatureInfo, ShardEntry
 from listen_dist.structures import SAMPLE_RATE, AudioSample
 from listen_dist.tasks import instruction_for
 

@@ -1,4 +1,4 @@
-"""Shards as they are read: `index.json`, the sidecars, and one sample by one read.
+"""Shards as they are read: `index.json`, the sidecars, and one sample by one read (how: sources.py).
 
 A folder of shards (written by `shard_writer.py`) holds
 
@@ -18,22 +18,35 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import numpy as np
 
+from listen_dist.config import DataConfig, set_addresses
 from listen_dist.data.decode import AudioError
 from listen_dist.data.manifest import ManifestError, check_id
+from listen_dist.data.remote import MissingFile
+from listen_dist.data.shard_entries import ShardEntries, ShardEntry
 from listen_dist.data.shard_members import ShardError, Want, parse_sample
+from listen_dist.data.sources import Folder, JoinedFolder, locate, open_folder
 from listen_dist.structures import AudioSample
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
+MOST_CHECKED = 10_000
+"""Shards whose size is compared with the index at start; all of them in a set of up to so many."""
+CHECK_THREADS = 16
 
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*\.tar")
+_MAX_INDEX_BYTES = 1 << 28
+"""Some 700,000 shards."""
+_MAX_ROW_BYTES = 1024
+"""Of a sidecar: an id, a task and four numbers take some 150."""
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,199}\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _COLUMNS = {"id": str, "offset": int, "bytes": int, "seconds": float, "task": str, "text_chars": int}
 
 
@@ -46,28 +59,6 @@ class FeatureInfo:
     """E, the width of a frame."""
     rate: int
     """Frames a second."""
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """One shard, as the index tells it."""
-
-    name: str
-    samples: int
-    bytes: int
-    """Size of the tar."""
-    seconds: float
-    """Audio in it."""
-    sha256: str
-    samples_sha256: str
-    """Hash of the sidecar."""
-    tasks: dict[str, int]
-    """Samples of each task."""
-
-    @property
-    def sidecar(self) -> str:
-        """Name of the file with the columns."""
-        return self.name.removesuffix(".tar") + ".samples.json"
 
 
 @dataclass(frozen=True)
@@ -89,8 +80,8 @@ class SampleTable:
 class ShardIndex:
     """A folder of shards. Small to pickle, safe to share between processes: it holds no open file."""
 
-    folder: Path
-    shards: tuple[ShardEntry, ...]
+    folder: Folder | JoinedFolder
+    shards: ShardEntries
     samples: int
     seconds: float
     tasks: dict[str, int]
@@ -99,16 +90,27 @@ class ShardIndex:
     features: FeatureInfo | None
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> ShardIndex:
-        """Read and check `index.json` (or the folder that holds it), and the size of every shard.
+    def load(path: str | os.PathLike[str], data: DataConfig = DataConfig()) -> ShardIndex:  # noqa: B008
+        """Read and check the `index.json` of a folder, and in a local one the size of the shards.
+
+        Of more than MOST_CHECKED shards, every second (third …) is looked at; one that is cut short shows when read.
+
+        Args:
+            path: what `data.train[i].path` may be (see sources.py); several folders are read as one set.
+            data: how to read from elsewhere: the cache, retries, time-out.
 
         Raises:
+            ConfigError: no address that we read.
             ShardError: a file is missing, cut short, or disagrees with the index; names it and the cure.
+            SourceError: the source fails.
         """
-        file = Path(path) / INDEX_NAME if Path(path).is_dir() else Path(path)
-        if not file.is_file():
-            raise ShardError(f"{file}: no such index; write shards with tools/shard_dataset.py")
-        return _index_from_json(file, _load_json(file, file.read_bytes()))
+        indexes = [_load_folder(open_folder(address, data)) for address in set_addresses(os.fspath(path))]
+        return indexes[0] if len(indexes) == 1 else _join(os.fspath(path), indexes)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples of each shard, int64 [shards]."""
+        return self.shards.samples
 
     @property
     def fingerprint(self) -> str:
@@ -123,7 +125,8 @@ class ShardIndex:
             ShardError: the sidecar is missing, damaged, or disagrees with the index.
         """
         entry = self.shards[shard]
-        return _read_table(self.folder / entry.sidecar, entry.samples_sha256, entry.samples, entry.bytes)
+        folder, name = locate(self.folder, entry.sidecar)
+        return _read_table(folder, name, entry.samples_sha256, entry.samples, entry.bytes)
 
     def read_sample(
         self, shard: int, row: int, want: Want = "audio", max_seconds: float = 60.0
@@ -132,15 +135,16 @@ class ShardIndex:
 
         Raises:
             ShardError: anything about the sample or its shard is wrong.
+            SourceError: the source fails.
         """
         entry, table = self.shards[shard], self.shard_table(shard)
-        path = self.folder / entry.name
+        folder, name = locate(self.folder, entry.name)
         try:
-            block = _read_range(path, int(table.offset[row]), int(table.bytes[row]))
+            block = folder.read_range(replace(entry.tar, name=name), int(table.offset[row]), int(table.bytes[row]))
             width = self.features.width if self.features else None
             return parse_sample(block, table.ids[row], want, max_seconds, width)
         except (ShardError, ManifestError, AudioError) as error:
-            raise ShardError(f"{path}: sample {table.ids[row]!r}: {error}") from None
+            raise ShardError(f"{folder / name}: sample {table.ids[row]!r}: {error}") from None
 
     def verify(self) -> None:
         """Compare the hash of every shard and sidecar with the index.
@@ -150,33 +154,64 @@ class ShardIndex:
         """
         for number, entry in enumerate(self.shards):
             self.shard_table(number)
-            if file_sha256(self.folder / entry.name) != entry.sha256:
-                raise ShardError(f"{self.folder / entry.name}: sha256 differs from the index; write it anew")
+            folder, name = locate(self.folder, entry.name)
+            if folder.sha256(replace(entry.tar, name=name)) != entry.sha256:
+                raise ShardError(f"{folder / name}: sha256 differs from the index; write it anew")
 
 
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _load_folder(folder: Folder) -> ShardIndex:
+    where = str(folder / INDEX_NAME)
+    try:
+        text = folder.read_file(INDEX_NAME, _MAX_INDEX_BYTES)
+    except MissingFile:
+        raise ShardError(f"{where}: no such index; write shards with tools/shard_dataset.py") from None
+    except ShardError as error:
+        raise ShardError(f"{where}: {error}") from None
+    index = _index_from_json(folder, _load_json(where, text))
+    with ThreadPool(CHECK_THREADS) as pool:  # on a shared folder each look takes a round trip
+        pool.map(partial(_check_files, folder), index.shards[:: -(-len(index.shards) // MOST_CHECKED)])
+    return index
 
 
-def _index_from_json(file: Path, data: Any) -> ShardIndex:
-    where = str(file)
+def _check_files(folder: Folder, entry: ShardEntry) -> None:
+    folder.check(entry.name, entry.bytes)
+    folder.check(entry.sidecar, None)
+
+
+def _join(address: str, indexes: list[ShardIndex]) -> ShardIndex:
+    """Several folders as one set, their shards one after the other."""
+    first = indexes[0]
+    for index in indexes:
+        if index.features != first.features:
+            raise ShardError(f"{index.folder}: its stored features are not of the encoder that made those of "
+                             f"{first.folder}; write one of them anew, or give each a set of its own")
+    return ShardIndex(
+        folder=JoinedFolder(address, tuple(locate(index.folder, "")[0] for index in indexes)),
+        shards=ShardEntries(replace(shard, name=f"{number}/{shard.name}")
+                     for number, index in enumerate(indexes) for shard in index.shards),
+        samples=sum(index.samples for index in indexes),
+        seconds=sum(index.seconds for index in indexes),
+        tasks=dict(sum((Counter(index.tasks) for index in indexes), Counter())),
+        languages=dict(sum((Counter(index.languages) for index in indexes), Counter())),
+        skipped=sum(index.skipped for index in indexes),
+        features=first.features,
+    )
+
+
+def _index_from_json(folder: Folder, data: Any) -> ShardIndex:
+    where = file = str(folder / INDEX_NAME)
     version = _get(data, "format_version", int, where)
     if version != FORMAT_VERSION:
         raise ShardError(f"{file}: key 'format_version': {version}, this code reads {FORMAT_VERSION}")
     rows = _get(data, "shards", list, where)
-    shards = tuple(_entry_from_json(row, f"{file}: shards[{i}]") for i, row in enumerate(rows))
-    if not shards:
+    entries = [_entry_from_json(row, f"{file}: shards[{i}]") for i, row in enumerate(rows)]
+    if not entries:
         raise ShardError(f"{file}: key 'shards' is empty")
-    if len({shard.name for shard in shards}) != len(shards):
+    if len({entry.name for entry in entries}) != len(entries):
         raise ShardError(f"{file}: key 'shards': a name comes twice")
     index = ShardIndex(
-        folder=file.parent,
-        shards=shards,
+        folder=folder,
+        shards=ShardEntries(entries),
         samples=_get(data, "samples", int, where),
         seconds=_get(data, "seconds", float, where),
         tasks=_counts(data, "tasks", where),
@@ -184,13 +219,11 @@ def _index_from_json(file: Path, data: Any) -> ShardIndex:
         skipped=_get(data, "skipped", int, where),
         features=_features_from_json(data.get("features"), where),
     )
-    totals = sum((Counter(shard.tasks) for shard in shards), Counter())
-    if index.samples != sum(shard.samples for shard in shards) or index.tasks != dict(totals):
+    totals: Counter[str] = Counter()
+    for entry in entries:
+        totals.update(entry.tasks)
+    if index.samples != sum(entry.samples for entry in entries) or index.tasks != dict(totals):
         raise ShardError(f"{file}: keys 'samples' and 'tasks' are not the sums over 'shards'; write it anew")
-    for shard in shards:
-        _check_size(file.parent / shard.name, shard.bytes)
-        if not (file.parent / shard.sidecar).is_file():
-            raise ShardError(f"{file.parent / shard.sidecar}: missing; write the shard anew or restore it")
     return index
 
 
@@ -206,6 +239,8 @@ def _entry_from_json(data: Any, where: str) -> ShardEntry:
     )
     if not _SHARD_NAME.fullmatch(entry.name):
         raise ShardError(f"{where}: key 'name': {entry.name[:100]!r} is not a plain name that ends in .tar")
+    if not _SHA256.fullmatch(entry.sha256) or not _SHA256.fullmatch(entry.samples_sha256):
+        raise ShardError(f"{where}: keys 'sha256' and 'samples_sha256' must be 64 hexadecimal digits")
     if entry.samples < 1 or entry.samples != sum(entry.tasks.values()):
         raise ShardError(f"{where}: key 'samples': {entry.samples} is not the sum over 'tasks'")
     return entry
@@ -223,33 +258,20 @@ def _features_from_json(data: Any, where: str) -> FeatureInfo | None:
     )
 
 
-def _check_size(path: Path, expected: int) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError:
-        raise ShardError(
-            f"{path}: missing; write it anew with tools/shard_dataset.py or restore it"
-        ) from None
-    if size != expected:
-        state = "cut short" if size < expected else "too long"
-        raise ShardError(f"{path}: {state}: {size} bytes, the index says {expected}; copy or write it anew")
-
-
 # A table of a 600 s shard takes about 60 kB, so this many stay well under 32 MB.
 @lru_cache(maxsize=512)
-def _read_table(path: Path, sha256: str, samples: int, tar_bytes: int) -> SampleTable:
+def _read_table(folder: Folder, name: str, sha256: str, samples: int, tar_bytes: int) -> SampleTable:
+    path = str(folder / name)
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ShardError(
-            f"{path}: can't be read ({error.strerror}); write the shard anew or restore it"
-        ) from None
+        text = folder.read_file(name, 4096 + _MAX_ROW_BYTES * samples, sha256)
+    except ShardError as error:
+        raise ShardError(f"{path}: {error}") from None
     if hashlib.sha256(text).hexdigest() != sha256:
         raise ShardError(f"{path}: sha256 differs from the index; write the shard anew")
     data = _load_json(path, text)
     columns: dict[str, list[Any]] = {}
     for key, kind in _COLUMNS.items():
-        columns[key] = _get(data, key, list, str(path))
+        columns[key] = _get(data, key, list, path)
         if len(columns[key]) != samples:
             raise ShardError(f"{path}: key {key!r}: {len(columns[key])} rows, the index says {samples}")
         if not all(_is_a(value, kind) for value in columns[key]):
@@ -266,7 +288,7 @@ def _read_table(path: Path, sha256: str, samples: int, tar_bytes: int) -> Sample
     return table
 
 
-def _check_table(path: Path, table: SampleTable, tar_bytes: int) -> None:
+def _check_table(path: str, table: SampleTable, tar_bytes: int) -> None:
     if len(set(table.ids)) != len(table.ids):
         raise ShardError(f"{path}: key 'id': an id comes twice")
     try:
@@ -281,21 +303,7 @@ def _check_table(path: Path, table: SampleTable, tar_bytes: int) -> None:
         raise ShardError(f"{path}: keys 'seconds' and 'text_chars' must be positive")
 
 
-def _read_range(path: Path, offset: int, size: int) -> bytes:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise ShardError(f"the shard can't be opened ({error.strerror}); restore it") from None
-    try:
-        block = os.pread(descriptor, size, offset)
-    finally:
-        os.close(descriptor)
-    if len(block) != size:
-        raise ShardError(f"the shard is cut short at byte {offset + len(block)}; copy or write it anew")
-    return block
-
-
-def _load_json(path: Path, text: bytes) -> Any:
+def _load_json(path: str, text: bytes) -> Any:
     try:
         return json.loads(text.decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

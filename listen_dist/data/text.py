@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from listen_dist.config import ModelConfig
 from listen_dist.structures import Record, TextFrame
 from listen_dist.tasks import instruction_for
+
+KNOWN_TEXTS = 1000
+"""Instructions whose token ids are kept."""
 
 
 class TextEncoder:
@@ -15,6 +18,7 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
         self._tokenizer = tokenizer
         self._after = config.after_audio
+        self._known: dict[str, list[int]] = {}
         eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
         before = self._ids(config.before_audio)
         # A template that begins with the BOS token itself must not get it twice.
@@ -22,9 +26,19 @@ class TextEncoder:
         self.frame = TextFrame(bos=() if bos is None or has_own_bos else (bos,), before=tuple(before), eos=eos,
                                pad=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
+    @property
+    def fixed_after(self) -> int:
+        """Tokens between audio and target that are there with any instruction."""
+        return len(self._ids(self._after.replace("{instruction}", "")))
+
     def after_ids(self, record: Record) -> list[int]:
         """The text between the audio and the target: the template with this record's instruction."""
-        return self._ids(self._after.replace("{instruction}", instruction_for(record)))
+        text = self._after.replace("{instruction}", instruction_for(record))
+        if text not in self._known:  # a task's own instruction comes again with every clip
+            if len(self._known) >= KNOWN_TEXTS:
+                self._known.clear()
+            self._known[text] = self._ids(text)
+        return self._known[text]
 
     def target_ids(self, text: str) -> list[int]:
         """A target with EOS behind it."""
@@ -35,4 +49,6 @@ class TextEncoder:
         return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _ids(self, text: str) -> list[int]:
+        if isinstance(self._tokenizer, PreTrainedTokenizerFast):  # its own `encode` takes four times as long
+            return list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
         return self._tokenizer.encode(text, add_special_tokens=False)

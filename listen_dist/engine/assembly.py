@@ -10,8 +10,10 @@ import torch
 
 from listen_dist import dist
 from listen_dist.config import Config, ConfigError, SetConfig
+from listen_dist.data.augment import Augmenter
 from listen_dist.data.features import Fbank, LogMel
 from listen_dist.data.loader import BatchReader
+from listen_dist.data.mixture import Mixture
 from listen_dist.data.schedule import TokenCost
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
@@ -43,7 +45,7 @@ class Parts:
             ShardError: an index or shard is missing or damaged.
             ConfigError: stored features of another encoder.
         """
-        indexes = [ShardIndex.load(entry.path) for entry in sets]
+        indexes = [ShardIndex.load(entry.path, self.config.data) for entry in sets]
         for index in indexes:
             features = index.features
             if self.config.data.stored_features and features and \
@@ -51,13 +53,21 @@ class Parts:
                 raise ConfigError(f"{index.folder}: its stored features come from another encoder than "
                                   f"model.speech_encoder = {self.config.model.speech_encoder!r}; write the shards "
                                   "anew, or set data.stored_features=false")
+        data = self.config.data
+        augment = with_targets and data.augment.active
+        augmenter = Augmenter(data.augment, self.config.train.seed, data.max_seconds) if augment else None
         fbank = Fbank() if self.config.model.audio_encoder else None
-        return BatchReader(indexes, self.log_mel, self.text, self.config.data, with_targets, fbank)
+        return BatchReader(indexes, self.log_mel, self.text, data, with_targets, augmenter, fbank)
+
+    def mixture(self, reader: BatchReader) -> Mixture:
+        """The training sets, mixed as the config says."""
+        config = self.config
+        return Mixture(reader.indexes, config.data.train, config.train.seed, config.data.temperature)
 
     def token_cost(self, k: int) -> TokenCost:
         """Tokens that a clip takes in the LLM with k prompts."""
         frame = self.text.frame
-        return TokenCost(k + len(frame.bos) + len(frame.before) + 2,
+        return TokenCost(k + len(frame.bos) + len(frame.before) + self.text.fixed_after + 1,
                          ENCODER_RATE / self.model.projector.window_frames)
 
 

@@ -31,6 +31,7 @@ from listen_dist.structures import LoaderState
 logger = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = ("run_dir", "device", "parallel.", "eval.", "tracking.", "data.test", "data.dev", "data.workers",
+                  "data.cache_dir", "data.cache_gib", "data.timeout_seconds", "data.retries",
                   "train.max_steps", "train.max_minutes", "train.log_every", "train.save_every", "train.keep",
                   "train.checksum_every", "train.resume", "pool.backend", "pool.top_k", "model.attention")
 """Keys that may differ between a checkpoint and the run that goes on from it."""

@@ -40,6 +40,7 @@ class Meter:
         self._task_sums = torch.zeros(len(self._tasks), 2, dtype=torch.float64, device=self._device)
         self._usage = torch.zeros(self._prompts, dtype=torch.float64, device=self._device)
         self._waiting = 0.0
+        self._step_tokens: list[int] = []
         self._start = time.perf_counter()
 
     def waited(self, seconds: float) -> None:
@@ -53,6 +54,7 @@ class Meter:
 
         count("skipped", sum(len(batch.skipped) for batch in batches))
         count("steps_left_out", (~result.applied).double())
+        self._step_tokens.append(sum(out.input_tokens for _, out in result.outputs))
         for batch, out in result.outputs:
             count("token_loss", out.token_loss_sum.detach())
             count("tokens", out.target_tokens)
@@ -72,11 +74,16 @@ class Meter:
         """Join the sums of all ranks, clear them, and turn them into metrics. Every rank must call it."""
         self._sums["waiting"] = self._sums["waiting"] + self._waiting
         self._sums["elapsed"] = self._sums["elapsed"] + (time.perf_counter() - self._start)
-        flat = torch.cat([torch.stack(list(self._sums.values())), self._task_sums.flatten(), self._usage])
+        # A row a rank; the others' rows are zero here and come by the sum.
+        step_tokens = torch.zeros(dist.world_size(), len(self._step_tokens), dtype=torch.float64, device=self._device)
+        step_tokens[dist.rank()] = torch.tensor(self._step_tokens)
+        flat = torch.cat([torch.stack(list(self._sums.values())), self._task_sums.flatten(), self._usage,
+                          step_tokens.flatten()])
         values = dist.sum_(flat).tolist()
         sums = dict(zip(_FIELDS, values, strict=False))
         tasks = values[len(_FIELDS) : len(_FIELDS) + 2 * len(self._tasks)]
-        usage = values[len(_FIELDS) + 2 * len(self._tasks) :]
+        usage_end = len(values) - step_tokens.numel()
+        usage = values[len(_FIELDS) + 2 * len(self._tasks) : usage_end]
         self._clear()
         self.skipped += int(sums["skipped"])
         seconds = sums["elapsed"] / dist.world_size()
@@ -90,6 +97,7 @@ class Meter:
             "tokens_per_second": sums["input_tokens"] / seconds,
             "audio_seconds_per_second": sums["seconds"] / seconds,
             "padding_share": 1 - sums["input_tokens"] / max(1.0, sums["padded_tokens"]),
+            "token_imbalance": imbalance(torch.tensor(values[usage_end:]).view(dist.world_size(), -1)),
             "waiting_share": sums["waiting"] / max(1e-9, sums["elapsed"]),
             "effective_prompts": effective_number(usage),
             "skipped_samples": float(self.skipped),
@@ -106,3 +114,11 @@ def effective_number(usage: list[float]) -> float:
     """exp(entropy) of a usage histogram: how many prompts are in use, 1 … N."""
     total = sum(usage)
     return math.exp(-sum(u / total * math.log(u / total) for u in usage if u)) if total else 0.0
+
+
+def imbalance(tokens: torch.Tensor) -> float:
+    """By how much the fullest rank's tokens exceed the mean over ranks, averaged over steps; `tokens` [ranks, steps].
+
+    The others wait for the fullest one, so 0.05 means that about 5 % of the time is lost.
+    """
+    return float((tokens.amax(0) / tokens.mean(0).clamp(min=1) - 1).mean())

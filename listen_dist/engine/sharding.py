@@ -1,7 +1,10 @@
 """How the frozen LLM lies on the ranks, behind one small interface.
 
-`full`        ZeRO-3: each rank holds 1/ranks of every weight and gathers a layer to use it.
+`full`        each rank holds 1/ranks of every weight and gathers a layer to use it.
+`node`        the same among the ranks of each node, so that no weight crosses the network.
 `replicated`  each rank holds the whole LLM.
+
+`full` and `node` come from DeepSpeed (ZeRO-3) or from PyTorch (FSDP2); results are the same.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
+from listen_dist import dist
 from listen_dist.config import Config
+from listen_dist.engine.fsdp2 import Fsdp2
 from listen_dist.engine.zero3 import Zero3
+from listen_dist.models.llm import DTYPES, pieces
 
 
 class Sharding(Protocol):
@@ -34,10 +40,18 @@ class Sharding(Protocol):
 
 
 class Replicated:
-    """The whole LLM on every rank."""
+    """The whole LLM on every rank.
+
+    On a CPU, weights that are stored in `dtype` stay views of the mapped file, which ranks share.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
 
     def load(self, build: Callable[[], PreTrainedModel], device: torch.device) -> PreTrainedModel:
         self._llm = build()
+        for _ in pieces(self._llm, self._dtype, device):
+            pass
         self._llm.to(device)  # type: ignore[arg-type]
         return self._llm
 
@@ -50,6 +64,11 @@ class Replicated:
 
 def sharding_for(config: Config) -> Sharding:
     """The layout that `parallel.llm` names."""
-    if config.parallel.llm == "replicated":
-        return Replicated()
-    return Zero3(config.model.dtype, config.parallel.max_live_parameters)
+    parallel, dtype = config.parallel, DTYPES[config.model.dtype]
+    if parallel.llm == "replicated":
+        return Replicated(dtype)
+    in_nodes = parallel.llm == "node" and dist.world_size() > 1
+    group = dist.node_group(parallel.node_size) if in_nodes else None
+    if parallel.backend == "fsdp2":
+        return Fsdp2(dtype, group)
+    return Zero3(dtype, parallel.max_live_parameters, group)

@@ -1,9 +1,11 @@
 """Initial values of the projector's last layer, by least squares.
 
 Speech-to-text alignment comes late: at first the LLM cannot use the audio, so the projector gets
-no useful gradient. A rough guess shortens that. Assume that a clip's target tokens are spoken at an
-even pace, and ask the last linear layer to map each window onto the embedding of the token at
-that place. With hidden vectors h (from the random layers below) and embeddings e,
+no useful gradient. A rough guess shortens that. Assume that a transcribed clip's target tokens are
+spoken at an even pace, and ask the last linear layer to map each window onto the embedding of the
+token at that place; in clips of the other tasks, whose answers are about the whole clip, map every
+window onto the mean embedding of the target. With hidden vectors h (from the random layers below)
+and embeddings e,
 
     W = (Σ (h − h̄)(h − h̄)ᵀ + r·I)⁻¹ Σ (h − h̄)(e − ē)ᵀ,    b = ē − h̄ W
 
@@ -26,18 +28,16 @@ from listen_dist.structures import Batch
 logger = logging.getLogger(__name__)
 
 RIDGE = 1e-2
-SAMPLES = 2000
-"""Transcribed clips (task `asr`) that take part: there alone the target is what is spoken."""
+SAMPLES = 3000
+"""Clips that take part."""
 
 
 @torch.no_grad()
 def fit_last_layer(model: Listen, batches: Iterable[Batch]) -> None:
-    """Solve `projector.out` on the first transcribed clips of `batches`.
-
-    Every rank must pass the same batches.
+    """Solve `projector.out` on the first clips of `batches`, which every rank must pass alike.
 
     Raises:
-        ValueError: no transcribed clip among the first ones.
+        ValueError: none of the first batches holds a usable clip.
     """
     projector = model.projector
     width, out = projector.out.in_features, projector.out.out_features
@@ -45,19 +45,18 @@ def fit_last_layer(model: Listen, batches: Iterable[Batch]) -> None:
     hidden_sum, target_sum = (torch.zeros(n, dtype=torch.float64, device=model.device) for n in (width, out))
     windows = samples = 0
     for batch in itertools.islice(batches, SAMPLES):
-        spoken = [i for i, task in enumerate(batch.tasks) if task == "asr"]
-        if not spoken:
+        if not len(batch):
             continue
-        hidden, target = _pairs(model, batch, spoken)
+        hidden, target = _pairs(model, batch)
         gram += hidden.T @ hidden
         cross += hidden.T @ target
         hidden_sum += hidden.sum(0)
         target_sum += target.sum(0)
-        windows, samples = windows + len(hidden), samples + len(spoken)
+        windows, samples = windows + len(hidden), samples + len(batch)
         if samples >= SAMPLES:
             break
     if not samples:
-        raise ValueError("projector.start = 'least_squares' needs clips of task asr in data.train; set it to random")
+        raise ValueError("projector.start = 'least_squares': no usable clip among the first; set it to random")
     hidden_mean, target_mean = hidden_sum / windows, target_sum / windows
     gram -= windows * torch.outer(hidden_mean, hidden_mean)
     cross -= windows * torch.outer(hidden_mean, target_mean)
@@ -71,12 +70,17 @@ def fit_last_layer(model: Listen, batches: Iterable[Batch]) -> None:
     logger.info("projector: last layer solved by least squares on %d windows of %d clips", windows, samples)
 
 
-def _pairs(model: Listen, batch: Batch, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden vectors [windows, hidden] of some rows, and the embedding [windows, D] of the token at each place."""
+def _pairs(model: Listen, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden vectors [windows, hidden] of a batch, and the embedding [windows, D] that each should give."""
     hidden, counts = model.projector.hidden(*model.frames(batch))
-    tokens = []
-    for i in rows:
-        ids, count = torch.tensor(batch.target_ids[i][:-1] or batch.target_ids[i]), int(counts[i])  # EOS is not spoken
-        tokens.append(ids[((torch.arange(count) + 0.5) / count * len(ids)).long()])
-    target = model.llm.get_input_embeddings()(torch.cat(tokens)[None].to(model.device))[0]
-    return torch.cat([hidden[i, : counts[i]] for i in rows]).double(), target.double()
+    spoken = [torch.tensor(ids[:-1] or ids) for ids in batch.target_ids]  # EOS is not spoken
+    # One call: under ZeRO-3 each gathers the whole embedding.
+    flat = model.llm.get_input_embeddings()(torch.cat(spoken)[None].to(model.device))[0]
+    targets = []
+    for task, tokens, count in zip(batch.tasks, flat.split([len(ids) for ids in spoken]), counts.tolist(), strict=True):
+        if task == "asr":
+            targets.append(tokens[((torch.arange(count) + 0.5) / count * len(tokens)).long()])
+        else:
+            targets.append(tokens.float().mean(0, keepdim=True).expand(count, -1))
+    return (torch.cat([hidden[i, :count] for i, count in enumerate(counts.tolist())]).double(),
+            torch.cat([target.double() for target in targets]))

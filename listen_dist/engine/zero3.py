@@ -12,24 +12,31 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
+
+from listen_dist.models.llm import pieces
 
 
 class Zero3:
-    """Every weight of the LLM in equal parts over all ranks.
+    """Every weight of the LLM in equal parts over the ranks of a group.
 
     Args:
-        dtype: "bfloat16" or "float32", the type of the shards.
+        dtype: of the shards.
         max_live_parameters: gathered parameters kept at once beside the layer at work.
+        group: the ranks that share one copy of the LLM; None: all.
     """
 
-    def __init__(self, dtype: str, max_live_parameters: int) -> None:
+    def __init__(self, dtype: torch.dtype, max_live_parameters: int, group: ProcessGroup | None) -> None:
+        self._dtype = dtype
+        self._group = group
         self._config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": dtype == "bfloat16"},  # must stand here while loading, or shards are fp32
+            "bf16": {"enabled": dtype == torch.bfloat16},
             "zero_optimization": {
                 "stage": 3,
+                # It would replace torch.nn.functional.linear for all modules, the learned ones too.
+                "memory_efficient_linear": False,
                 "stage3_param_persistence_threshold": 10_000,
                 "stage3_max_live_parameters": max_live_parameters,
                 "stage3_max_reuse_distance": max_live_parameters,
@@ -38,7 +45,7 @@ class Zero3:
         }
 
     def load(self, build: Callable[[], PreTrainedModel], device: torch.device) -> PreTrainedModel:
-        """Load straight into shards: no rank ever holds the whole model."""
+        """Read one piece after another and keep this rank's part of each."""
         import deepspeed
         import deepspeed.ops
 
@@ -46,14 +53,12 @@ class Zero3:
             # Else a C++ communication op is compiled at the first launch (25 s, needs ninja and g++).
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
-        # Alive only while the LLM loads: whatever transformers builds meanwhile is sharded too.
-        loading = HfDeepSpeedConfig(self._config)
         llm = build()
-        del loading
-        # DeepSpeed leaves a bound method behind here, which hides typing.Generic's own: any later class that is
-        # both (aac_metrics has some) would fail to be defined. torch.nn.Module has none of its own.
-        if "__init_subclass__" in vars(torch.nn.Module):
-            del torch.nn.Module.__init_subclass__
+        for piece in pieces(llm, self._dtype, device):
+            for p in piece.parameters():
+                # DeepSpeed broadcasts into the weights. Written-to pages of a mapped file would stay in memory.
+                p.data = p.data.clone()
+            deepspeed.zero.Init(module=piece, data_parallel_group=self._group, config_dict_or_path=self._config)
         self._engine = deepspeed.initialize(model=llm, config=self._config)[0]
         return self._engine.module
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import jiwer
+import numpy as np
 import sacrebleu
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
@@ -59,6 +60,32 @@ def choice_scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[
             "unweighted_accuracy": sum(right[a] / total[a] for a in total) / max(1, len(total))}
 
 
+def equal_error_rate(scores: Sequence[float], is_target: Sequence[bool]) -> float:
+    """The error rate at the threshold where misses and false alarms are equally frequent.
+
+    Between two thresholds both rates are taken to change linearly, as on the ROC curve.
+
+    Args:
+        scores: higher where a target is more likely (any scale).
+        is_target: the truth, at least one of each kind.
+
+    Raises:
+        ValueError: lengths differ, or only one kind is there.
+    """
+    _same_length(scores, is_target)
+    values, truth = np.asarray(scores, dtype=np.float64), np.asarray(is_target, dtype=bool)
+    if truth.all() or not truth.any():
+        raise ValueError("equal_error_rate: needs targets and others, found one kind alone")
+    _, place = np.unique(-values, return_inverse=True)  # equal scores share a threshold
+    hits, alarms = np.bincount(place, truth), np.bincount(place, ~truth)
+    misses = 1 - np.cumsum(np.append(0, hits)) / truth.sum()
+    alarms = np.cumsum(np.append(0, alarms)) / (~truth).sum()
+    after = int(np.argmax(alarms >= misses))
+    gap = misses[after - 1] - alarms[after - 1]
+    step = gap - (misses[after] - alarms[after])
+    return float(alarms[after - 1] + gap / step * (alarms[after] - alarms[after - 1]))
+
+
 def bleu_scores(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> dict[str, float]:
     """Corpus BLEU and chrF by sacrebleu; `tokenize="zh"` for Chinese targets."""
     _same_length(hypotheses, references)
@@ -80,8 +107,13 @@ def caption_scores(hypotheses: Sequence[str], references: Sequence[Sequence[str]
     return {"cider_d": float(corpus["cider_d"])}
 
 
-def task_scores(task: str, hypotheses: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """The metrics of a task; the main one is `get_task(task).metric`."""
+def task_scores(task: str, hypotheses: Sequence[str], answers: Sequence[Sequence[str]],
+                log_odds: Sequence[float] = ()) -> dict[str, float]:
+    """The metrics of a task; the main one is `get_task(task).metric`.
+
+    Args:
+        log_odds: for a yes/no task, log p(yes) − log p(no) of each sample; gives the equal error rate.
+    """
     metric = get_task(task).metric
     first = [row[0] for row in answers]
     if metric == "wer":
@@ -90,7 +122,10 @@ def task_scores(task: str, hypotheses: Sequence[str], answers: Sequence[Sequence
         return bleu_scores(hypotheses, first)
     if metric == "cider_d":
         return caption_scores(hypotheses, answers)
-    return choice_scores(hypotheses, first)
+    scores = choice_scores(hypotheses, first)
+    if log_odds:
+        scores["eer"] = equal_error_rate(log_odds, [normalize(answer, "basic") == "yes" for answer in first])
+    return scores
 
 
 def baseline_hypotheses(task: str, answers: Sequence[Sequence[str]]) -> tuple[str, list[str]]:

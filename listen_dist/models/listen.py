@@ -108,7 +108,7 @@ class Listen(nn.Module):
 
     def frames(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Encoder frames [B, F, E] and their true numbers [B]: stored ones, or from the frozen encoders."""
-        audio, lengths = batch.audio.to(self.device), batch.audio_lengths.to(self.device)
+        audio, lengths = (tensor.to(self.device, non_blocking=True) for tensor in (batch.audio, batch.audio_lengths))
         if batch.is_features:
             return audio, lengths
         frames, counts = self.encoder(audio, lengths)
@@ -138,7 +138,9 @@ class Listen(nn.Module):
             batch: targets empty.
             k: prompts a row.
             limits: most tokens of each row's answer.
-            options: for Hugging Face's `generate` (num_beams …).
+            options: for Hugging Face's `generate` (num_beams …). `synced_gpus` is False by default (Hugging
+                Face would make ranks wait for each other under FSDP): right while weights are whole. With
+                sharded weights every rank must call this alike, with synced_gpus=True.
 
         Returns:
             token ids of each row up to EOS (without it), and the match.
@@ -148,8 +150,42 @@ class Listen(nn.Module):
         out = self.llm.generate(  # type: ignore[operator]
             inputs_embeds=embeds, attention_mask=mask, do_sample=False, eos_token_id=self.frame.eos,
             pad_token_id=self.frame.pad, max_new_tokens=max(limits) + 1,
-            logits_processor=LogitsProcessorList([_RowLimits(limits, self.frame.eos)]), **options)
+            logits_processor=LogitsProcessorList([_RowLimits(limits, self.frame.eos)]),
+            **{"synced_gpus": False, **options})
         return [_until(row, self.frame.eos) for row in out.tolist()], matched
+
+
+    @torch.no_grad()
+    def score(self, batch: Batch, k: int) -> tuple[list[torch.Tensor], TopkMatch]:
+        """How likely the LLM finds each choice of each row.
+
+        The input is read once; all choices of all rows then follow on a copy of its keys and values, padded
+        on the right, where no earlier token sees them.
+
+        Args:
+            batch: targets empty, every row with `choice_ids`.
+            k: prompts a row.
+
+        Returns:
+            for each row log p(choice and EOS | input), float32 [choices], and the match.
+        """
+        matched, rows = self.assemble(batch, k)
+        embeds, mask = _pad_left(rows)
+        read = self.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=_positions(mask), use_cache=True,
+                        logits_to_keep=1)
+        ids = [choice for row in batch.choice_ids for choice in row]  # C of them
+        counts = [len(row) for row in batch.choice_ids]
+        owner = torch.arange(len(rows), device=mask.device).repeat_interleave(torch.tensor(counts, device=mask.device))
+        read.past_key_values.batch_select_indices(owner)
+        labels = pad_sequence([torch.tensor(choice) for choice in ids], batch_first=True, padding_value=IGNORED)
+        labels = labels.to(mask.device)  # [C, P]
+        said = labels[:, :-1].clamp(min=0)
+        positions = mask.sum(1)[owner, None] + torch.arange(said.shape[1], device=mask.device)
+        mask = torch.cat([mask[owner], torch.ones_like(said)], dim=1)
+        following = self.llm(input_ids=said, attention_mask=mask, position_ids=positions,
+                             past_key_values=read.past_key_values, use_cache=True).logits
+        logits = torch.cat([read.logits[owner], following], dim=1)
+        return list((-token_loss(logits, labels)).split(counts)), matched
 
 
 class _RowLimits(LogitsProcessor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from listen_dist import logs
 from listen_dist.config import ModelConfig
 from listen_dist.models.encoders import check_model_folder
 
@@ -41,13 +43,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_llm(config: ModelConfig) -> PreTrainedModel:
-    """Load the LLM in eval mode, without gradients, in `config.dtype`.
+    """Open the LLM in eval mode, without gradients.
 
-    Under a sharding context (see engine.sharding) each rank keeps its shard alone.
+    Its weights are views of the mapped files, in the files' own dtype: nothing is read yet, and ranks
+    of one node share what will be. `pieces` turns them into weights to compute with.
     """
     check_model_folder(config.llm, "model.llm")
-    llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=DTYPES[config.dtype],
-                                               attn_implementation=config.attention)
+    llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype="auto", attn_implementation=config.attention)
     # Hugging Face hands the head a slice of the sequence. Torch multiplies a strided [B, P, D] row by
     # row and copies the whole [V, D] weight for each, which doubles a step's time on a CPU.
     llm.get_output_embeddings().register_forward_pre_hook(_contiguous)
@@ -66,6 +68,29 @@ def recompute_activations(llm: nn.Module, active: bool) -> None:
     for module in llm.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = active and module.gradient_checkpointing
+
+
+def pieces(llm: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Iterator[nn.Module]:
+    """The LLM piece by piece: embedding, each layer, head, then the whole for what is left.
+
+    A piece's weights are read, cast and moved when its turn comes. Whoever keeps only a part of it before
+    taking the next never holds more than one whole piece. A head tied to the embedding has no turn.
+    """
+    layers = max((m for m in llm.modules() if isinstance(m, nn.ModuleList)), key=len)
+    parts = [llm.get_input_embeddings(), *layers, llm.get_output_embeddings(), llm]
+    owned: list[list[nn.Parameter]] = []
+    seen: set[nn.Parameter] = set()
+    for part in parts:
+        owned.append([p for p in part.parameters() if p not in seen])
+        seen.update(owned[-1])
+    del seen
+    for part, weights in zip(logs.progress(parts, "loading the LLM"), owned, strict=True):
+        if weights:
+            for p in weights:
+                p.data = p.data.to(device, dtype)
+            del p
+            weights.clear()
+            yield part
 
 
 def _contiguous(_module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

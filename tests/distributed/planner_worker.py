@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from listen_dist import config as configuration
 from listen_dist import dist
 from listen_dist.config import Config
-from listen_dist.data.schedule import SampleRef
+from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import assemble
 from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.replicated import ReplicatedTrainables

@@ -95,6 +95,12 @@ def test_a_shard_that_is_cut_short(program: Program, tiny_world: tiny.Tiny, tmp_
     assert "shard-000001.tar: cut short" in line
 
 
+def test_a_source_that_does_not_answer(program: Program, tmp_path: Path) -> None:
+    words = ("data.train[0].path=http://127.0.0.1:1/set", "data.retries=1")
+    line = error_of(program(training.main, f"run_dir={tmp_path / 'run'}", *words))
+    assert "error: http://127.0.0.1:1/set/index.json: 2 tries in a row failed" in line and "Connection refused" in line
+
+
 def test_a_second_run_into_the_folder_of_another(program: Program, trained: TrainedRun, tmp_path: Path) -> None:
     shutil.copytree(trained.folder, tmp_path / "run")
     before = state_of(tmp_path)

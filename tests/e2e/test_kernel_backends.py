@@ -26,7 +26,7 @@ def curve(world: tiny.Tiny, backend: str, device: str) -> tuple[list[float], lis
     replicated = ReplicatedTrainables(parts.model.trainable)
     optimizer = build_optimizer(parts.model.trainable, config.train)
     reader = parts.reader(config.data.train, with_targets=True)
-    steps = training_steps(reader, [entry.weight for entry in config.data.train], parts.token_cost(config.pool.k_max),
+    steps = training_steps(reader, parts.mixture(reader), parts.token_cost(config.pool.k_max),
                            config.data, config.train.seed, 1, dist.rank(), 1, LoaderState())
     losses, picked = [], []
     for step in range(STEPS):

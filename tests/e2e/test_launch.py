@@ -90,6 +90,8 @@ def test_results_have_the_documented_keys(greedy: tuple[Path, str], tiny_world: 
     assert results["data_fingerprints"] == {str(tiny_world.test): index.fingerprint}
     assert {"checkpoint", "decoding", "normalizer", "versions", "code_commit", "skipped"} <= set(results)
     assert results["decoding"]["beams"] == 1
+    assert {name: entry["answered_by"] for name, entry in results["tasks"].items()} == {
+        "asr": {"generation": 4}, "language_id": {"likelihood": 1}, "speech_qa": {"likelihood": 2}}
 
 
 def test_another_layout_decodes_the_same(greedy: tuple[Path, str], evaluate: Evaluate) -> None:

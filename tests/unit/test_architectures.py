@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from listen_dist.data.schedule import SampleRef
+from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import assemble
 from tests import tiny
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from listen_dist.config import ProjectorConfig
 from listen_dist.data.features import Fbank
-from listen_dist.data.schedule import SampleRef
+from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.models.beats import BeatsEncoder, implementation, load_audio_encoder
 from listen_dist.models.encoders import join_frames

@@ -76,6 +76,16 @@ def test_raw_g722_and_a_container_of_ffmpeg(tmp_path: Path) -> None:
     assert len(decode_audio(str(tmp_path / "b.mka"))) == 16_000
 
 
+def test_flac_of_unknown_length_as_a_pipe_leaves_it() -> None:
+    ints = np.random.default_rng(0).integers(-9000, 9000, 16_000).astype(np.int16)
+    content = bytearray(encoded(ints, 16_000, "FLAC", "PCM_16"))
+    content[21] &= 0xF0  # the 36 bits of the length
+    content[22:26] = bytes(4)
+    assert (decode_audio(bytes(content)) * 32768 == ints).all()
+    with pytest.raises(AudioError, match=r"longer than the limit of 0\.5 s"):
+        decode_audio(bytes(content), max_seconds=0.5)
+
+
 def bad_inputs() -> dict[str, tuple[bytes, str]]:
     good = encoded(np.random.default_rng(0).uniform(-0.5, 0.5, 48_000), 16_000, "FLAC", "PCM_16")
     flipped = bytearray(good)

@@ -11,9 +11,9 @@ import torch
 
 from listen_dist.config import EvalConfig
 from listen_dist.data.loader import BatchReader
-from listen_dist.data.schedule import SampleRef
+from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import Parts, assemble
-from listen_dist.evaluation.decoding import _decode
+from listen_dist.evaluation.decoding import choose, decode
 from listen_dist.models.llm import load_llm
 from listen_dist.structures import Batch
 from listen_dist.tasks import token_limit
@@ -180,9 +180,9 @@ def test_a_rows_token_limit_is_its_own(parts_of: Any, beams: int) -> None:
     batch = reader[refs]
     limits = [token_limit("asr", seconds) for seconds in batch.seconds]
     assert len(set(limits)) > 2
-    together = list(_decode(parts, batch, EvalConfig(beams=beams), K))
+    together = decode(parts, batch, EvalConfig(beams=beams), K)
     for row, ref in enumerate(refs):
-        (alone,) = _decode(parts, reader[[ref]], EvalConfig(beams=beams), K)
+        (alone,) = decode(parts, reader[[ref]], EvalConfig(beams=beams), K)
         assert alone.text == together[row].text
 
 
@@ -203,3 +203,69 @@ def test_greedy_decoding_equals_a_plain_loop(parts_of: Any) -> None:
                     said.pop()
                     break
         assert together[row] == said
+
+
+CHOICES = [("yes", "no"), ("the line is busy", "call", "hold the line please"), ("now", "your call is on hold")]
+
+
+def with_choices(parts: Parts, batch: Batch, first: int = 0) -> Batch:
+    """Candidates of unlike number and length for each row."""
+    batch.choices = [CHOICES[(first + row) % len(CHOICES)] for row in range(len(batch))]
+    batch.choice_ids = [[parts.text.target_ids(choice) for choice in row] for row in batch.choices]
+    return batch
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_choices_are_scored_alike_alone_and_in_a_batch(parts_of: Any, name: str) -> None:
+    parts = parts_of(name)
+    batch, singles = batch_and_singles(parts, with_targets=False)
+    together, matched = parts.model.score(with_choices(parts, batch), K)
+    tolerance = {"rtol": 0.03, "atol": 0.25} if name == "bf16" else {"rtol": 1e-5, "atol": 5e-5}
+    for row, single in enumerate(singles):
+        (alone,), one = parts.model.score(with_choices(parts, single, row), K)
+        assert together[row].shape == alone.shape == (len(batch.choices[row]),)
+        torch.testing.assert_close(together[row], alone, **tolerance)
+        assert name == "bf16" or torch.equal(matched.indices[row], one.indices[0])
+
+
+def test_likelihoods_equal_plain_hugging_face(parts_of: Any) -> None:
+    parts = parts_of("mlp")
+    batch, singles = batch_and_singles(parts, with_targets=False)
+    ours = choose(parts, with_choices(parts, batch), K)
+    llm, weights = load_llm(parts.config.model), dict(parts.model.trainable.named_parameters())
+    frames = [parts.model.encoder.encode([single.audio[0]])[0] for single in singles]
+    picked = set()
+    for row, prediction in enumerate(ours):
+        theirs = []
+        for ids in batch.choice_ids[row]:
+            clip = plain.Clip(frames[row], batch.after_ids[row], ids)
+            with torch.no_grad():
+                outcome = plain.run_clip(llm, weights, clip, parts.text.frame, parts.model.projector.window_frames, K)
+            theirs.append(-float(outcome.token_loss))
+        assert prediction.likelihoods == pytest.approx(theirs, rel=1e-5, abs=1e-4)
+        assert prediction.text == batch.choices[row][max(range(len(theirs)), key=theirs.__getitem__)]
+        picked.add(batch.choices[row].index(prediction.text))
+    assert len(picked) > 1
+
+
+def test_closed_and_free_rows_of_a_batch_are_answered_each_in_its_way(parts_of: Any) -> None:
+    parts = parts_of("mlp")
+    reader = reader_of(parts, with_targets=False)
+    batch = reader[[SampleRef(1, 0, 1), SampleRef(1, 0, 3)]]
+    assert batch.choices == [("yes", "no")] * 2 and batch.tasks == ["speech_qa"] * 2
+    chosen = decode(parts, batch, EvalConfig(), K)
+    assert [p.text in p.choices and len(p.likelihoods) == 2 for p in chosen] == [True, True]
+    said = decode(parts, batch, EvalConfig(choices="generate", repetition_penalty=5.0), K)
+    assert [p.choices for p in said] == [(), ()]
+    assert [p.text for p in said] == [p.text for p in decode(parts, batch, EvalConfig(choices="generate"), K)]
+    batch.choices[0] = ()
+    mixed = {p.id: p for p in decode(parts, batch, EvalConfig(), K)}
+    assert mixed[batch.ids[0]].text == said[0].text and mixed[batch.ids[1]].text == chosen[1].text
+    assert mixed[batch.ids[1]].likelihoods == pytest.approx(chosen[1].likelihoods, abs=1e-4)
+
+
+def test_the_repetition_penalty_acts_on_free_text(parts_of: Any) -> None:
+    parts = parts_of("mlp")
+    batch = reader_of(parts, with_targets=False)[[SampleRef(0, 0, 0), SampleRef(0, 0, 1), SampleRef(0, 0, 3)]]
+    texts = [[p.text for p in decode(parts, batch, EvalConfig(repetition_penalty=value), K)] for value in (1.0, 5.0)]
+    assert texts[0] != texts[1]

@@ -17,7 +17,8 @@ from listen_dist.config import ConfigError, DataConfig, SetConfig
 from listen_dist.data.collate import collate
 from listen_dist.data.features import LogMel
 from listen_dist.data.loader import BatchReader, decoding_batches, find_filler, training_steps
-from listen_dist.data.schedule import SampleRef, TokenCost
+from listen_dist.data.mixture import Mixture, SampleRef
+from listen_dist.data.schedule import TokenCost
 from listen_dist.data.shard_members import ShardError
 from listen_dist.data.shards import FeatureInfo, ShardIndex
 from listen_dist.data.text import TextEncoder
@@ -75,8 +76,8 @@ def same(a: Batch, b: Batch) -> bool:
 def steps(reader: BatchReader, config: DataConfig, count: int, rank: int = 0, world: int = 1, per_step: int = 2,
           start: LoaderState = LoaderState(),  # noqa: B008
           ) -> list[tuple[list[Batch], LoaderState]]:
-    weights = [1.0] * len(reader.indexes)
-    plan = training_steps(reader, weights, COST, config, 5, per_step, rank, world, start)
+    mixture = Mixture(reader.indexes, [SetConfig("set")] * len(reader.indexes), seed=5)
+    plan = training_steps(reader, mixture, COST, config, 5, per_step, rank, world, start)
     return list(itertools.islice(plan, count))
 
 

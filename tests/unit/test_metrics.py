@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq
+from sklearn.metrics import roc_curve
 
 from listen_dist.evaluate import table
 from listen_dist.evaluation.metrics import (
@@ -12,6 +15,7 @@ from listen_dist.evaluation.metrics import (
     bleu_scores,
     caption_scores,
     choice_scores,
+    equal_error_rate,
     normalize,
     task_scores,
     wer_scores,
@@ -75,6 +79,25 @@ def test_accuracy_weighted_and_not() -> None:
     scores = choice_scores(["Yes!", "no", "yes", "maybe"], ["yes", "yes", "yes", "no"])
     assert scores["accuracy"] == 0.5
     assert scores["unweighted_accuracy"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(-6, 6), st.booleans()), min_size=2, max_size=40).filter(
+    lambda rows: len({kind for _, kind in rows}) == 2))
+def test_eer_is_where_scikit_learns_roc_crosses(rows: list[tuple[int, bool]]) -> None:
+    """Few different scores, so that ties are frequent."""
+    scores, kinds = [float(score) for score, _ in rows], [kind for _, kind in rows]
+    false_alarms, hits, _ = roc_curve(kinds, scores)
+    crossing = brentq(lambda x: 1 - x - np.interp(x, false_alarms, hits), 0, 1)
+    assert equal_error_rate(scores, kinds) == pytest.approx(crossing, abs=1e-9)
+
+
+def test_eer_by_hand_and_its_needs() -> None:
+    assert equal_error_rate([3.0, 2.0, 1.0, 0.0], [True, True, False, False]) == 0
+    assert equal_error_rate([0.0] * 6, [True, False] * 3) == 0.5
+    assert equal_error_rate([4.0, 3.0, 2.0, 1.0], [True, False, True, False]) == 0.5
+    with pytest.raises(ValueError, match="found one kind alone"):
+        equal_error_rate([1.0, 2.0], [True, True])
 
 
 def test_bleu_and_chinese() -> None:

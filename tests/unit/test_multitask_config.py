@@ -80,8 +80,8 @@ def one_step(config: Config) -> float:
     reader = parts.reader(config.data.train, with_targets=True)
     replicated = ReplicatedTrainables(parts.model.trainable)
     optimizer = build_optimizer(parts.model.trainable, config.train)
-    steps = training_steps(reader, [entry.weight for entry in config.data.train], parts.token_cost(config.pool.k_max),
-                           config.data, config.train.seed, 1, 0, 1, LoaderState())
+    steps = training_steps(reader, parts.mixture(reader), parts.token_cost(config.pool.k_max), config.data,
+                           config.train.seed, 1, 0, 1, LoaderState())
     before = replicated.checksum()
     result = train_step(parts.model.train(), replicated, optimizer, config, 0, 2, next(steps)[0], find_filler(reader))
     assert bool(result.applied) and replicated.checksum() != before and result.outputs

@@ -18,8 +18,8 @@ RECORDINGS = ROOT / "assets/recordings/synthetic"
 sys.path.insert(0, str(ROOT / "tools/prepare"))
 
 import synthetic_speech as speech  # noqa: E402
-from debian_packages import PrepareError  # noqa: E402
 from phone_rules import normalise  # noqa: E402
+from recipe import PrepareError  # noqa: E402
 
 
 def made_up(count: int = 300) -> str:

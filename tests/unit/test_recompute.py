@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from listen_dist.data.schedule import SampleRef
+from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import Parts, assemble
 from tests import tiny
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,18 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from listen_dist.config import SetConfig
 from listen_dist.data.loader import _StepSampler
+from listen_dist.data.mixture import GROUP, Mixture, SampleRef, SetOrder
 from listen_dist.data.schedule import (
-    GROUP,
-    Mixture,
-    SampleRef,
-    SetOrder,
     TokenCost,
     costs_of,
     cut_by_budget,
+    cut_evenly,
     plan_batches,
     plan_once,
+    spread,
 )
+from listen_dist.data.shard_members import ShardError
 from listen_dist.structures import LoaderState
 
 pytestmark = pytest.mark.timeout(120)
@@ -40,25 +41,20 @@ class PlainTable:
 
 
 @dataclass(frozen=True)
-class PlainShard:
-    samples: int
-
-
-@dataclass(frozen=True)
 class PlainIndex:
     """What the schedule knows of a set, without files."""
 
-    counts: tuple[int, ...]
+    counts: np.ndarray
     seed: int = 0
     tables: dict[int, PlainTable] = field(default_factory=dict, compare=False)
 
-    @cached_property
-    def shards(self) -> list[PlainShard]:
-        return [PlainShard(count) for count in self.counts]
+    @property
+    def folder(self) -> Path:
+        return Path(f"/data/set{self.seed}/train")
 
     @property
     def samples(self) -> int:
-        return sum(self.counts)
+        return int(self.counts.sum())
 
     def shard_table(self, shard: int) -> PlainTable:
         random = np.random.default_rng([self.seed, shard])
@@ -68,11 +64,15 @@ class PlainIndex:
 
 
 def index_of(*counts: int, seed: int = 0) -> Any:
-    return PlainIndex(counts, seed)
+    return PlainIndex(np.array(counts), seed)
+
+
+def weighted(*weights: float) -> list[SetConfig]:
+    return [SetConfig("set", weight) for weight in weights]
 
 
 def mixture(seed: int = 3) -> Mixture:
-    return Mixture([index_of(7, 5, 9), index_of(4, 6, seed=1), index_of(11, seed=2)], [3, 1, 0.5], seed)
+    return Mixture([index_of(7, 5, 9), index_of(4, 6, seed=1), index_of(11, seed=2)], weighted(3, 1, 0.5), seed)
 
 
 def plan(start: LoaderState = LoaderState(), seed: int = 3) -> Any:  # noqa: B008
@@ -87,11 +87,13 @@ counts_of_shards = st.lists(st.integers(1, 9), min_size=1, max_size=3 * GROUP + 
 def test_each_epoch_has_every_sample_once(counts: list[int], seed: int) -> None:
     index = index_of(*counts)
     order = SetOrder(index, seed)
-    everything = [(shard, row) for shard, count in enumerate(counts) for row in range(count)]
+    everything = [[(shard, row, epoch) for shard, count in enumerate(counts) for row in range(count)]
+                  for epoch in range(2)]
     epochs = [[order.at(epoch * index.samples + i) for i in range(index.samples)] for epoch in range(2)]
-    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert [sorted(epoch) for epoch in epochs] == everything
     if index.samples > 9:
-        assert epochs[0] != epochs[1] and epochs[0] != everything
+        places = [[place[:2] for place in epoch] for epoch in (*epochs, everything[0])]
+        assert places[0] != places[1] and places[0] != places[2]
     again = SetOrder(index, seed)
     places = np.random.default_rng(0).permutation(2 * index.samples)[:20].tolist()
     assert [again.at(place) for place in places] == [sum(epochs, [])[place] for place in places]
@@ -107,7 +109,7 @@ def test_a_group_mixes_the_samples_of_its_shards_only() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(0.001, 100), min_size=1, max_size=6), st.integers(0, 10**6), st.integers(1, 60))
 def test_shares_hold_over_any_stretch(weights: list[float], start: int, size: int) -> None:
-    mix = Mixture([index_of(5, seed=i) for i in range(len(weights))], weights, 0)
+    mix = Mixture([index_of(5, seed=i) for i in range(len(weights))], weighted(*weights), 0)
     drawn = [mix.drawn(n) for n in range(start, start + size + 1)]
     assert [int(counts.sum()) for counts in drawn] == list(range(start, start + size + 1))
     # One sample more takes one from one set and puts none back, or samples would come twice.
@@ -125,7 +127,7 @@ def test_windows_give_each_set_in_its_order_without_gap(size: int) -> None:
     assert all(len(window) == size for window in windows)
     flat = [ref for window in windows for ref in window]
     for number, order in enumerate(mix.sets):
-        mine = [(ref.shard, ref.row) for ref in flat if ref.set == number]
+        mine = [(ref.shard, ref.row, ref.epoch) for ref in flat if ref.set == number]
         assert mine == [order.at(i) for i in range(len(mine))]
 
 
@@ -201,6 +203,105 @@ def test_plan_once_covers_every_sample_once(limit: int) -> None:
         assert len({str(index.shard_table(ref.shard).tasks[ref.row]) for ref in batch}) == 1
 
 
-def test_epochs_passed() -> None:
-    mix = Mixture([index_of(10), index_of(20, seed=1)], [1, 1], 0)
-    assert mix.epochs(40) == [2.0, 1.0]
+def test_repeats_are_told() -> None:
+    mix = Mixture([index_of(10), index_of(20, seed=1)], weighted(1, 1), 0)
+    assert mix.epochs(40) == {"set0_train": 2.0, "set1_train": 1.0}
+    assert mix.describe()[0] == ("set0_train: 10 samples, 50.0 % of what is drawn, gone through 2.0 times while the "
+                                 "slowest set is gone through once")
+    assert Mixture([index_of(10)] * 2, weighted(1, 1), 0).labels == ["0_set0_train", "1_set0_train"]
+
+
+@pytest.mark.parametrize(("temperature", "weights", "expected"), [
+    (None, (1, 3), (1 / 4, 3 / 4)),
+    (1.0, (1, 1), (10 / 1010, 1000 / 1010)),
+    (2.0, (1, 1), (1 / 11, 10 / 11)),  # square roots
+    (2.0, (5, 1), (5 / 15, 10 / 15)),  # and a weight on top
+    (1e9, (1, 1), (1 / 2, 1 / 2)),
+])
+def test_shares_by_temperature(temperature: float | None, weights: tuple[float, ...],
+                               expected: tuple[float, ...]) -> None:
+    mix = Mixture([index_of(10), index_of(400, 600, seed=1)], weighted(*weights), 0, temperature)
+    assert mix.shares == pytest.approx(expected)
+    assert mix.drawn(100_000) == pytest.approx(100_000 * np.array(expected), abs=1)
+
+
+def test_limits_leave_out_what_they_say() -> None:
+    index = index_of(30, 2, 40)
+    short = [(shard, row) for shard in range(3) for row in range(int(index.counts[shard]))
+             if index.shard_table(shard).seconds[row] <= 4]
+    for limits, left in ((SetConfig("set", max_seconds=4), short), (SetConfig("set", max_seconds=4, max_samples=9),
+                                                                    short[:9])):
+        order = SetOrder(index, 1, limits)
+        assert order.samples == len(left) < index.samples
+        for epoch in range(2):
+            drawn = [order.at(epoch * len(left) + i) for i in range(len(left))]
+            assert sorted(drawn) == [(*place, epoch) for place in left]
+    # The share is of what is drawn, so that a limit does not change the mix.
+    mix = Mixture([index, index_of(50, seed=1)], [SetConfig("a", 1, max_seconds=4), SetConfig("b", 3)], 0)
+    assert mix.drawn(400).tolist() == [100, 300]
+    with pytest.raises(ShardError, match=r"no clip is as short as max_seconds = 0\.1"):
+        SetOrder(index, 1, SetConfig("set", max_seconds=0.1))
+
+
+TASK_SECONDS = {"asr": (1, 4), "caption": (5, 30), "language_id": (1.5, 2), "speech_qa": (0.3, 12)}
+
+
+def real_mixture() -> tuple[Mixture, list[float]]:
+    """Four sets of unlike lengths, so that batches of neighbours in length are mostly of one set."""
+    indexes = []
+    for i, (low, high) in enumerate(TASK_SECONDS.values()):
+        index = index_of(*[100] * 20, seed=i)
+        for shard in range(20):
+            random = np.random.default_rng([i, shard])
+            index.tables[shard] = PlainTable(random.uniform(low, high, 100), random.integers(1, 60, 100), np.array([]))
+        indexes.append(index)
+    weights = [4.0, 1, 2, 1]
+    return Mixture(indexes, weighted(*weights), 0), weights
+
+
+@pytest.mark.parametrize("window", [256, 1024])
+def test_task_counts_stay_within_one_batch_over_any_1000_samples(window: int) -> None:
+    mix, weights = real_mixture()
+    batches = [refs for refs, _ in itertools.islice(plan_batches(mix, COST, 1024, window, 3, LoaderState()), 300)]
+    counts = np.stack([np.bincount([ref.set for ref in refs], minlength=4) for refs in batches])
+    done = np.concatenate([np.zeros((1, 4), int), counts.cumsum(0)])
+    total, share = done.sum(1), np.array(weights) / sum(weights)
+    assert total[-1] > 3000
+    worst = 0.0
+    for start in range(len(done)):
+        end = int(np.searchsorted(total, total[start] + 1000))
+        if end < len(done):
+            given = done[end] - done[start]
+            worst = max(worst, float(abs(given - share * given.sum()).max()))
+    assert worst <= counts.sum(1).max()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any), min_size=1, max_size=30),
+       st.integers(0, 99))
+def test_spreading_is_an_order(rows: list[list[int]], seed: int) -> None:
+    order = spread(np.array(rows), np.random.default_rng(seed))
+    assert sorted(order) == list(range(len(rows)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 200), st.floats(200, 3000))
+def test_even_batches_are_as_few_and_within_the_budget(seed: int, count: int, budget: float) -> None:
+    costs = np.random.default_rng(seed).uniform(5, 150, count)
+    order = np.argsort(costs).tolist()
+    few, even = cut_by_budget(costs, order, budget), cut_evenly(costs, order, budget)
+    assert sum(even, []) == order and len(even) == len(few)
+    assert all(len(batch) * costs[batch].max() <= budget for batch in even)
+    assert max(costs[batch].sum() for batch in even) <= max(costs[batch].sum() for batch in few) + 1e-6
+
+
+def test_batches_hold_little_padding_and_like_numbers_of_tokens() -> None:
+    mix, _ = real_mixture()
+    batches = [refs for refs, _ in itertools.islice(plan_batches(mix, COST, 2048, 2048, 3, LoaderState()), 160)]
+    costs = [costs_of(refs, [order.index for order in mix.sets], COST) for refs in batches]
+    real = np.array([cost.sum() for cost in costs])
+    padded = sum(len(cost) * cost.max() for cost in costs)
+    assert 1 - real.sum() / padded <= 0.05
+    for ranks in (2, 4, 8):
+        steps = real.reshape(-1, ranks)
+        assert (steps.max(1) / steps.mean(1) - 1).mean() <= 0.05

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from filelock import FileLock
 
 from listen_dist.data.manifest import write_manifest
 from listen_dist.data.shards import ShardIndex
 from listen_dist.structures import Record
+from tests import launching
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 from shard_build import BuildOptions, build  # noqa: E402
+from shard_stats import plot, print_stats, verify_all  # noqa: E402
 
 OPTIONS = BuildOptions(shard_seconds=2.0, max_seconds=5.0, speech_encoder=None, dtype="float32")
 
@@ -92,6 +99,75 @@ def test_interrupted_run_keeps_finished_shards(tmp_path: Path) -> None:
     build({out: [manifest]}, OPTIONS, workers=1, overwrite=False)
     assert tree(out) == before
     assert kept.stat().st_mtime_ns == stamp, "an intact shard is not written again"
+
+
+def test_killed_run_goes_on(tmp_path: Path) -> None:
+    manifest = make_manifest(tmp_path / "audio", count=80)
+    options = dataclasses.replace(OPTIONS, shard_seconds=0.1)  # a shard a clip
+    out, log = tmp_path / "out", tmp_path / "log"
+    words = [sys.executable, TOOLS / "shard_dataset.py", manifest, out, "--shard-seconds", 0.1, "--max-seconds", 5]
+    process = launching.start([*words, "--workers", 1], log)
+    wait_for(lambda: len(list(out.glob(".build/shard-*.json"))) >= 3 or process.poll() is not None)
+    launching.kill_tree(process)
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
+    done = [out / path.name.removesuffix(".json") for path in out.glob(".build/shard-*.json")]
+    assert 3 <= len(done) < 81 and not (out / "index.json").exists(), log.read_text()
+    (out / ".shard-000009.tar.left").write_bytes(b"half a shard")
+    build({out: [manifest]}, options, workers=1, overwrite=False)
+    build({tmp_path / "whole": [manifest]}, options, workers=1, overwrite=False)
+    assert tree(out) == tree(tmp_path / "whole")
+    assert all(path.stat().st_mtime_ns == stamps[path] for path in done), "finished shards are not written again"
+
+
+def wait_for(ready: Callable[[], bool], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not ready() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    manifest, out = make_manifest(tmp_path / "audio", count=2), tmp_path / "out"
+    (out / ".build").mkdir(parents=True)
+    with FileLock(out / ".build/lock"), pytest.raises(ValueError, match="out: another process is writing shards here"):
+        build({out: [manifest]}, OPTIONS, workers=1, overwrite=False)
+    build({out: [manifest]}, OPTIONS, workers=1, overwrite=False)
+
+
+def test_shards_of_a_size_in_bytes(tmp_path: Path) -> None:
+    manifest = make_manifest(tmp_path / "audio", count=80)
+    options = dataclasses.replace(OPTIONS, shard_seconds=0.0, shard_bytes=400_000, max_seconds=6.0)
+    (index,) = build({tmp_path / "out": [manifest]}, options, workers=1, overwrite=False)
+    sizes = [shard.bytes for shard in index.shards]
+    assert len(sizes) > 4 and index.samples == 81
+    # A shard ends before the clip that would pass the size; the longest takes 5.5 s of some 16.
+    assert all(0.65 * 400_000 < size < 1.05 * 400_000 for size in sizes[:-1]), sizes
+
+
+def test_stats_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (index,) = build({tmp_path / "out": [make_manifest(tmp_path / "audio")]}, OPTIONS, workers=1, overwrite=False)
+    print_stats(index)
+    plot(index, tmp_path / "set.png")
+    printed = capsys.readouterr().out
+    assert "13 samples" in printed and "speaker_verification" in printed and "languages: none 1, en 12" in printed
+    assert (tmp_path / "set.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_verify_compares_samples_with_their_sidecar(tmp_path: Path) -> None:
+    (index,) = build({tmp_path / "out": [make_manifest(tmp_path / "audio")]}, OPTIONS, workers=1, overwrite=False)
+    verify_all(index, 5.0)
+    changes = {"seconds": [9.0, "sidecar says asr, 9.0000 s"], "task": ["qa", "sidecar says qa"]}
+    for key, (value, message) in changes.items():
+        table = index.shard_table(0)
+        column = {"seconds": table.seconds, "task": table.tasks}[key].copy()
+        column[0] = value
+        wrong = dataclasses.replace(table, **{"tasks" if key == "task" else key: column})
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setattr(type(index), "shard_table", lambda self, shard, wrong=wrong: wrong)
+            verify_all(index, 5.0)
+    twice = f"{{{tmp_path}/out,{tmp_path}/copy}}"
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"copy/shard-000000\.tar: id .* stands in .*out/shard-000000\.tar too"):
+        verify_all(ShardIndex.load(twice), 5.0)
 
 
 def test_bad_samples_are_skipped_and_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import webdataset
@@ -103,17 +104,41 @@ def test_index_is_small_to_pickle_and_holds_no_open_file(tmp_path: Path) -> None
     assert np.array_equal(copy.read_sample(0, 0).waveform, index.read_sample(0, 0).waveform)
 
 
+def expect_sample(number: int, name: str, flac: bytes, record: bytes | dict[str, Any], features: np.ndarray) -> None:
+    """What another library read is sample `number` of `write_set`."""
+    expected = make_sample(number, 0.3 + 0.1 * (number % 4))
+    fields = record if isinstance(record, dict) else json.loads(record)
+    assert name == expected.record.id
+    assert {key: fields[key] for key in ("id", "task", "target", "language", "duration")} == {
+        "id": name, "task": "asr", "target": f"text {number}", "language": "en", "duration": expected.record.duration}
+    assert np.array_equal(decode_audio(flac), expected.waveform)
+    assert np.array_equal(features, expected.features)
+
+
 def test_shards_open_in_plain_webdataset(tmp_path: Path) -> None:
     write_set(tmp_path / "set")
     urls = [str(path) for path in sorted((tmp_path / "set").glob("*.tar"))]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
-    assert [sample["__key__"] for sample in samples] == [f"clip-{number}" for number in range(8)]
+    assert len(samples) == 8
     for number, sample in enumerate(samples):
-        assert json.loads(sample["json"])["target"] == f"text {number}"
-        assert len(decode_audio(sample["flac"])) == len(
-            make_sample(number, 0.3 + 0.1 * (number % 4)).waveform
-        )
-        assert np.load(io.BytesIO(sample["speech.npy"]), allow_pickle=False).shape[1] == WIDTH
+        features = np.load(io.BytesIO(sample["speech.npy"]), allow_pickle=False)
+        expect_sample(number, sample["__key__"], sample["flac"], sample["json"], features)
+
+
+def test_shards_open_in_hugging_face_datasets(tmp_path: Path) -> None:
+    write_set(tmp_path / "set")
+    files = {"train": str(tmp_path / "set/shard-*.tar")}
+    text = datasets.Value("string")
+    columns = datasets.Features({
+        "__key__": text, "__url__": text, "flac": datasets.Value("binary"),  # its own decoder needs FFmpeg
+        "json": {"id": text, "task": text, "target": text, "language": text, "duration": datasets.Value("float64")},
+        "speech.npy": datasets.List(datasets.List(datasets.Value("float16")))})
+    rows = datasets.load_dataset("webdataset", data_files=files, split="train", features=columns,
+                                 cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == 8
+    for number, row in enumerate(rows):
+        features = np.array(row["speech.npy"], dtype=np.float16)
+        expect_sample(number, row["__key__"], row["flac"], row["json"], features)
 
 
 def test_tar_alone_reads_them(tmp_path: Path) -> None:

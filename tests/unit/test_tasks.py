@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from listen_dist.structures import Record
-from listen_dist.tasks import TASKS, Task, get_task, instruction_for
+from listen_dist.tasks import TASKS, Task, choices_for, get_task, instruction_for
 
 
 def record(task: str, **fields: str) -> Record:
@@ -48,3 +48,21 @@ def test_instruction_is_the_records_own_first() -> None:
     assert instruction_for(record("speech_qa", question="Is a number said?")) == "Is a number said?"
     with pytest.raises(ValueError, match="record 'a': task 'speech_qa' needs `question`"):
         instruction_for(record("speech_qa"))
+
+
+def test_choices_come_from_the_record_or_the_task() -> None:
+    assert choices_for(Record("a", (), "speaker_verification", "no")) == ("yes", "no")
+    assert choices_for(Record("a", (), "emotion", "sad", meta={"choices": ["sad", "glad"]})) == ("sad", "glad")
+    assert choices_for(Record("a", (), "emotion", "sad")) == ()
+    assert choices_for(Record("a", (), "asr", "sad", meta={"choices": ["sad", "glad"]})) == ()
+
+
+@pytest.mark.parametrize("choices, part", [
+    (["glad", "angry"], "the answer 'sad' is not among the choices"),
+    (["sad"], "no list of two or more"), (["sad", "sad"], "no list of two or more"), ("sad", "no list of two or more"),
+    (["sad", ""], "no list of two or more"), (["sad", 3], "no list of two or more"),
+    ({"sad": 1}, "no list of two or more"),
+])
+def test_unusable_choices_are_refused(choices: object, part: str) -> None:
+    with pytest.raises(ValueError, match=f"record 'a': .*{part}"):
+        choices_for(Record("a", (), "emotion", "sad", meta={"choices": choices}))

@@ -9,20 +9,16 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
+from recipe import PrepareError
 from tqdm import tqdm
 
 Rename = Callable[[str], str | None]
 """Path in the package (`usr/share/…`) → path under the recordings folder, or None to leave the file out."""
-
-
-class PrepareError(RuntimeError):
-    """Data could not be prepared; the first line of the message says what to do."""
 
 
 def fetch_files(packages: dict[str, Rename], folder: Path) -> None:
@@ -135,11 +131,3 @@ def _write_licenses(folder: Path) -> None:
         shown = ", ".join(sorted(set(names))) or "see the full text"
         lines.append(f"{path.stem}: {shown}")
     (folder / "LICENSES.txt").write_text("\n".join(lines) + "\n")
-
-
-def run_main(main: Callable[[], None]) -> None:
-    """Run a recipe; a known error ends it with its message alone, no traceback."""
-    try:
-        main()
-    except (PrepareError, ValueError) as error:
-        sys.exit(f"error: {error}")

@@ -19,8 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import phone_rules as rules
-from debian_packages import PrepareError, Rename, fetch_files, run_main
+from debian_packages import Rename, fetch_files
 from phone_pairs import Clip, draw_pairs
+from recipe import PrepareError, run_main
 
 from listen_dist.data.manifest import write_manifest
 from listen_dist.structures import Record

@@ -15,8 +15,9 @@ import argparse
 import hashlib
 from pathlib import Path, PurePosixPath
 
-from debian_packages import PrepareError, Rename, fetch_files, run_main
+from debian_packages import Rename, fetch_files
 from phone_rules import SPLITS, id_split, record_id
+from recipe import PrepareError, run_main
 from sound_names import captions
 
 from listen_dist.data.decode import probe_seconds

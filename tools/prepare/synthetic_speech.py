@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from debian_packages import PrepareError, fetch_files, run_main
+from debian_packages import fetch_files
 from phone_rules import SPLITS, digest, drawn, normalise, record_id
+from recipe import PrepareError, run_main
 from tqdm import tqdm
 
 from listen_dist.data.manifest import read_manifest, write_manifest

@@ -1,0 +1,146 @@
+"""Augmentation of training audio: speed, reverberation, noise, gain on the waveform; masks on the log-mel.
+
+What a clip gets is drawn from (seed, id, epoch) alone, so it is the same on any rank and in any worker,
+and another each time the clip comes round. Picklable, for loader workers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio.functional
+
+from listen_dist.config import AugmentConfig, ConfigError
+from listen_dist.data.decode import decode_audio
+from listen_dist.dist import derived_seed
+from listen_dist.structures import SAMPLE_RATE
+
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".oga", ".mp3")
+MAX_IMPULSE_SECONDS = 10.0
+MASKED_SHARE = 0.2
+"""Most of a clip that one time mask covers."""
+
+
+class Augmenter:
+    """Draws and applies the changes that a config asks for.
+
+    Args:
+        config: what to do.
+        seed: of the run.
+        max_seconds: no clip is slowed down beyond this length.
+
+    Raises:
+        ConfigError: a folder of noise or impulse responses is missing or holds no audio file.
+    """
+
+    def __init__(self, config: AugmentConfig, seed: int, max_seconds: float) -> None:
+        self._config = config
+        self._seed = seed
+        self._max_samples = int(max_seconds * SAMPLE_RATE)
+        self._noises = _audio_files("data.augment.noise", config.noise)
+        self._rooms = _audio_files("data.augment.reverb", config.reverb)
+
+    def generator(self, name: str, epoch: int) -> np.random.Generator:
+        """The source of all that sample `name` gets in its `epoch`."""
+        return np.random.default_rng(derived_seed("augment", self._seed, name, epoch))
+
+    def waveform(self, wave: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """float32 [S] at 16 kHz → float32 [S'], S' ≠ S only by `speed`."""
+        config = self._config
+        if config.speed:
+            wave = self._change_speed(wave, random)
+        if self._rooms and random.random() < config.reverb_share:
+            wave = reverberate(wave, decode_audio(random.choice(self._rooms), MAX_IMPULSE_SECONDS))
+        if self._noises:
+            noise = read_stretch(random.choice(self._noises), len(wave), random)
+            lowest, highest = config.noise_snr_db
+            wave = add_noise(wave, noise, random.uniform(lowest, highest))
+        if config.gain_db:
+            wave = wave * np.float32(10 ** (random.uniform(-config.gain_db, config.gain_db) / 20))
+        return wave
+
+    def log_mel(self, spectrogram: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
+        """Mask stretches of time and bands of a log-mel [mels, M] with its mean; a new tensor where it does."""
+        config = self._config
+        if not (config.time_masks or config.mel_masks):
+            return spectrogram
+        masked, mean = spectrogram.clone(), spectrogram.mean()
+        bins, frames = spectrogram.shape
+        longest = int(min(config.time_mask_seconds * 100, MASKED_SHARE * frames))
+        for _ in range(config.time_masks):
+            start, end = _stretch(frames, longest, random)
+            masked[:, start:end] = mean
+        for _ in range(config.mel_masks):
+            start, end = _stretch(bins, min(config.mel_mask_bins, bins), random)
+            masked[start:end] = mean
+        return masked
+
+    def _change_speed(self, wave: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        steps = round(100 * self._config.speed)
+        # In whole hundredths, so that the resampling filter stays small.
+        percent = 100 + int(random.integers(-steps, steps + 1))
+        if percent == 100 or len(wave) * 100 > self._max_samples * percent:
+            return wave
+        return torchaudio.functional.resample(torch.from_numpy(wave), percent, 100).numpy()
+
+
+def add_noise(wave: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
+    """float32 [S] + [S], the noise scaled so that the ratio of the mean powers is `snr_db`; silence stays as it is."""
+    power, noise_power = _power(wave), _power(noise)
+    if not power or not noise_power:
+        return wave
+    return wave + noise * np.float32(math.sqrt(power / noise_power / 10 ** (snr_db / 10)))
+
+
+def reverberate(wave: np.ndarray, impulse: np.ndarray) -> np.ndarray:
+    """float32 [S] heard in the room of an impulse response [R]: as long, as loud, the direct sound in its place."""
+    direct = int(np.argmax(np.abs(impulse)))
+    full = torchaudio.functional.fftconvolve(torch.from_numpy(wave), torch.from_numpy(impulse)).numpy()
+    wet = full[direct : direct + len(wave)]
+    power = _power(wet)
+    return wet * np.float32(math.sqrt(_power(wave) / power)) if power else wave
+
+
+def read_stretch(path: str, length: int, random: np.random.Generator) -> np.ndarray:
+    """Read a random stretch of a file as float32 [length] at 16 kHz mono; a shorter file is repeated."""
+    with soundfile.SoundFile(path) as file:
+        frames = math.ceil(length * file.samplerate / SAMPLE_RATE)
+        file.seek(int(random.integers(0, max(file.frames - frames, 0) + 1)))
+        mono = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
+        if file.samplerate != SAMPLE_RATE:
+            mono = torchaudio.functional.resample(torch.from_numpy(mono), file.samplerate, SAMPLE_RATE).numpy()
+    return np.resize(mono, length)
+
+
+def _power(wave: np.ndarray) -> float:
+    return float(np.mean(np.square(wave, dtype=np.float64)))
+
+
+def _stretch(size: int, longest: int, random: np.random.Generator) -> tuple[int, int]:
+    """Start and end of a stretch of 0 … `longest` within `size`."""
+    length = int(random.integers(0, longest + 1))
+    start = int(random.integers(0, size - length + 1))
+    return start, start + length
+
+
+def _audio_files(key: str, folder: str) -> list[str]:
+    """The audio files below a folder, sorted; none without a folder. Their headers are read, to fail at start."""
+    if not folder:
+        return []
+    files = sorted(str(Path(root, name)) for root, _, names in os.walk(folder) for name in names
+                   if name.lower().endswith(AUDIO_SUFFIXES))
+    if not files:
+        raise ConfigError(f"{key} = {folder!r}: holds no audio file ({', '.join(AUDIO_SUFFIXES)})")
+    for file in files:
+        try:
+            empty = soundfile.info(file).frames < 1
+        except soundfile.LibsndfileError as error:
+            raise ConfigError(f"{key}: {file}: not readable as audio ({error}); remove it") from None
+        if empty:
+            raise ConfigError(f"{key}: {file}: holds no samples; remove it")
+    return files

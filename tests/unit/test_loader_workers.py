@@ -1,0 +1,87 @@
+"""Loader processes: a dead or raising one is an error at once, an ended iterator leaves none, memory stays bounded."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from torch.utils.data import Dataset
+
+from listen_dist.config import SetConfig
+from listen_dist.data.collate import collate
+from listen_dist.data.features import LogMel
+from listen_dist.data.loader import BatchReader, LoaderError, _batches, training_steps
+from listen_dist.data.mixture import Mixture
+from listen_dist.data.schedule import TokenCost
+from listen_dist.data.shards import ShardIndex
+from listen_dist.data.text import TextEncoder
+from listen_dist.models.llm import load_tokenizer
+from listen_dist.structures import Batch, LoaderState
+from tests import tiny
+
+pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("one_thread")]
+
+BAD = 10
+
+
+class Empty(Dataset[Batch]):
+    """Empty batches; item BAD can't be read."""
+
+    def __getitem__(self, place: int) -> Batch:
+        if place == BAD:
+            raise ValueError("this one is bad")
+        return collate([], False, [])
+
+
+def children() -> list[psutil.Process]:
+    """The running loader processes (not Python's own tracker of shared resources)."""
+    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def endless(start: int) -> Iterator[Batch]:
+    return _batches(Empty(), itertools.count(start), workers=2)  # type: ignore[arg-type]
+
+
+def test_a_raising_worker_is_an_error_with_its_traceback_and_leaves_none() -> None:
+    with pytest.raises(ValueError, match=r"(?s)worker process.*Traceback.*__getitem__.*this one is bad"):
+        for place, _ in enumerate(endless(0)):
+            assert place < BAD
+    assert not psutil.wait_procs(children(), timeout=30)[1]
+
+
+def test_a_dead_worker_is_an_error_within_seconds_and_closing_leaves_none() -> None:
+    batches = endless(BAD + 1)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert not psutil.wait_procs(children(), timeout=30)[1]
+    batches = endless(BAD + 1)
+    next(batches)
+    victim = children()[0]
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed|exited)") as caught:
+        os.kill(victim.pid, 9)
+        start = time.monotonic()
+        for _ in batches:
+            assert time.monotonic() - start < 30
+    # The news may come by a signal while anything runs, or while a batch is waited for: then it is told in full.
+    assert type(caught.value) is RuntimeError or isinstance(caught.value, LoaderError)
+    batches.close()  # type: ignore[attr-defined]
+    assert not psutil.wait_procs(children(), timeout=30)[1]
+
+
+def test_memory_does_not_grow_with_the_number_of_batches(tiny_world: tiny.Tiny) -> None:
+    config = tiny_world.config("data.batch_tokens=40")
+    reader = BatchReader([ShardIndex.load(tiny_world.speech)], LogMel.from_pretrained(config.model.speech_encoder),
+                         TextEncoder(load_tokenizer(config.model.llm), config.model), config.data, True)
+    mixture = Mixture(reader.indexes, [SetConfig("set")], 0)
+    steps = training_steps(reader, mixture, TokenCost(5, 10.0), config.data, 0, 1, 0, 1, LoaderState())
+    process, sizes, read = psutil.Process(), [], 0
+    for _ in range(3):
+        for batches, _ in itertools.islice(steps, 300):
+            read += sum(batch.audio.numel() * 4 for batch in batches)
+        sizes.append(process.memory_info().rss)
+    assert read > 50e6
+    assert sizes[-1] - sizes[0] < 8e6
