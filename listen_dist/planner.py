@@ -144,8 +144,7 @@ def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, layout: str, sha
     gathered = min(llm.parameters, at_work + llm.largest + small)
     arriving = min(llm.parameters, max(llm.largest, min(live, PREFETCH)))
     learned = sizes.pool + (0 if config.projector.freeze else sizes.projector)
-    sharded = layout != "replicated"
-    per_layer = kept_by_layer(config, llm, shape.row, sharded)
+    per_layer = kept_by_layer(config, llm, shape.row)
     kept = shape.tokens * kept_by_llm(config, llm, per_layer) + kept_by_projector(config, sizes, shape)
     layer = shape.tokens * (3 * llm.inner * item + 16 * llm.width)  # gradients inside one layer
     if config.model.checkpointing:
@@ -154,7 +153,7 @@ def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, layout: str, sha
     return MemoryPlan(
         llm_held=item * sum(math.ceil(n / group) for n in llm.tensors),
         llm_gathered=item * gathered if group > 1 else 0,
-        buffers=item * arriving if group > 1 else 0,
+        buffers=item * arriving * (2 if config.device == "cpu" else 1) if group > 1 else 0,  # gloo copies it once more
         encoders=item * (sizes.speech_parameters + sizes.audio_parameters),
         trainables=20 * learned + (4 * sizes.projector if config.projector.freeze else 0),
         activations=kept,
@@ -166,17 +165,15 @@ def item_size(config: Config) -> int:
     return 2 if config.model.dtype == "bfloat16" else 4
 
 
-def kept_by_layer(config: Config, llm: LLMSize, row: int, sharded: bool) -> int:
+def kept_by_layer(config: Config, llm: LLMSize, row: int) -> int:
     """Bytes a token that a frozen Llama-like layer of width D and inner width F keeps for its backward pass.
 
     A frozen matrix needs no input for it. What is kept: the fp32 input of both norms (8 D); q, k, v and the output
     of attention (4 D); gate, its activation and up (3 F). Eager attention keeps its weights too, in fp32 and as used.
-    ZeRO-3's own linear function does keep the inputs, frozen or not: 3 D + F more.
     """
     item = item_size(config)
     scores = llm.heads * row * (4 + item) if config.model.attention == "eager" else 0
-    inputs = (2 * llm.width + llm.attention_width + llm.inner) * item if sharded else 0
-    return 8 * llm.width + 4 * llm.attention_width * item + 3 * llm.inner * item + scores + inputs
+    return 8 * llm.width + 4 * llm.attention_width * item + 3 * llm.inner * item + scores
 
 
 def kept_by_llm(config: Config, llm: LLMSize, per_layer: int) -> int:

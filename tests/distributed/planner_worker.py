@@ -78,12 +78,12 @@ def main() -> None:
 
 
 def take_steps(config: Config, before: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Steps on one batch of 16 clips; peaks above `before` bytes and gradients, with recomputation and without."""
+    """Steps on one batch of 24 clips; peaks above `before` bytes and gradients, with recomputation and without."""
     parts = assemble(config, torch.device("cpu"))
     replicated = ReplicatedTrainables(parts.model.trainable)
     optimizer = build_optimizer(parts.model.trainable, config.train)
     reader = parts.reader(config.data.train, with_targets=True)
-    batch = reader[[SampleRef(0, shard, row) for shard in range(4) for row in range(4)]]
+    batch = reader[[SampleRef(0, number // 5, number % 5) for number in range(24)]]
     found: dict[str, Any] = {"held": parts.sharding.bytes_held()}
     grads = {}
     loaded = anonymous() - before

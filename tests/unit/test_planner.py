@@ -48,7 +48,7 @@ class Measured:
 
 @pytest.fixture(scope="module")
 def measured(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    """A random Llama of 55 M parameters in bf16, sharded over two ranks; one step of 16 clips."""
+    """A random Llama of 55 M parameters in bf16, sharded over two ranks; one step of 24 clips."""
     folder = tmp_path_factory.mktemp("planner")
     tokenizer = tiny.build_tokenizer()
     tokenizer.save_pretrained(folder / "llm")
