@@ -205,6 +205,10 @@ class TrainConfig:
     save_every: int = 200
     keep: int = 2
     """Checkpoints kept (the newest ones)."""
+    eval_every: int = 0
+    """Steps between two small evaluations of data.dev, which pick the best checkpoints; 0: none."""
+    eval_limit: int = 32
+    """Samples of each dev set in them; 0: all."""
     checksum_every: int = 100
     """Steps between two proofs that all ranks hold the same trainables."""
     resume: Literal["auto", "never"] = "auto"
@@ -229,7 +233,11 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    split: Literal["dev", "test"] = "test"
+    splits: list[str] = field(default_factory=lambda: ["test"])
+    """Which of data.dev and data.test to score. One: results.json; several: results.<split>.json each."""
+    llm: Literal["auto", "whole", "sharded"] = "auto"
+    """Under parallel.llm=full: gather the LLM on every rank for the time of decoding (several times faster),
+    or leave it sharded. `auto` gathers it where the planner finds room on every rank."""
     choices: Literal["likelihood", "generate"] = "likelihood"
     """Answers out of a closed set (`meta.choices`, or the task's own): the one that the LLM finds most
     likely, or whatever it generates. Where no set is known, answers are always generated."""
@@ -240,7 +248,7 @@ class EvalConfig:
     batch_tokens: int = 2048
     """Budget of LLM input tokens of one decoding batch."""
     limit: int = 0
-    """Decode only the first so many samples of each set; 0: all."""
+    """Decode only so many samples of each set, evenly spread over it; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -388,7 +396,8 @@ def _differences(a: Any, b: Any, prefix: str) -> list[str]:
 AT_LEAST = {
     "pool.prompts": 1, "projector.window": 0.02, "projector.hidden": 1, "projector.layers": 1, "projector.heads": 1,
     "train.max_steps": 1, "train.log_every": 1, "train.save_every": 1, "train.keep": 1, "train.checksum_every": 1,
-    "train.batches_per_step": 0, "train.max_minutes": 0, "train.warmup_steps": 0, "train.weight_decay": 0,
+    "train.eval_every": 0, "train.eval_limit": 0, "train.batches_per_step": 0, "train.max_minutes": 0,
+    "train.warmup_steps": 0, "train.weight_decay": 0,
     "train.clip_norm": 0, "train.min_learning_rate": 0, "data.batch_tokens": 32, "data.window": 1, "data.workers": 0,
     "data.max_target_tokens": 2, "data.max_bad_fraction": 0, "data.retries": 0,
     "parallel.max_live_parameters": 0, "parallel.node_size": 0,
@@ -428,6 +437,7 @@ def check(config: Config) -> None:
     _require(train.learning_rate > 0, "train.learning_rate", train.learning_rate, "must be positive")
     _require(train.min_learning_rate <= train.learning_rate, "train.min_learning_rate", train.min_learning_rate,
              f"is above train.learning_rate = {train.learning_rate}")
+    _require(train.eval_every == 0 or bool(data.dev), "train.eval_every", train.eval_every, "needs sets in data.dev")
     _require(0 < data.max_seconds <= 30, "data.max_seconds", data.max_seconds,
              "must be within the encoder's window of 30 s")
     for split in ("train", "dev", "test"):
@@ -442,6 +452,13 @@ def check(config: Config) -> None:
     _require(data.temperature is None or data.temperature > 0, "data.temperature", data.temperature,
              "must be positive; 1 draws in proportion to size, large values from all sets alike")
     _check_augment(data)
+    splits = config.eval.splits
+    _require(bool(splits) and len(set(splits)) == len(splits) and set(splits) <= {"dev", "test"}, "eval.splits",
+             splits, "must be [dev], [test] or [dev,test]")
+    _require(config.eval.length_penalty == 1 or config.eval.beams > 1, "eval.length_penalty",
+             config.eval.length_penalty, "needs eval.beams above 1; greedy decoding compares no lengths")
+    _require(config.eval.repetition_penalty > 0, "eval.repetition_penalty", config.eval.repetition_penalty,
+             "must be positive (1: none)")
     _require(data.cache_gib > 0, "data.cache_gib", data.cache_gib, "must be positive")
     _require(data.timeout_seconds > 0, "data.timeout_seconds", data.timeout_seconds, "must be positive")
     _require(config.parallel.timeout_minutes > 0, "parallel.timeout_minutes", config.parallel.timeout_minutes,

@@ -3,7 +3,8 @@
     deepspeed --num_gpus 2 listen_dist/evaluate.py --config runs/quickstart/config.yaml
     python listen_dist/evaluate.py --config runs/quickstart/config.yaml eval.beams=4 --out runs/quickstart/beam4
 
-Writes results.json and predictions.jsonl into --out and prints a table.
+Writes results.json and predictions.jsonl into --out and prints a table. Started again after an
+interruption, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,29 +16,28 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import argparse
-import importlib.metadata
 import json
 import logging
-import os
-import subprocess
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from listen_dist import config as configuration
 from listen_dist import dist, logs
-from listen_dist.config import Config, ConfigError
+from listen_dist.config import Config, ConfigError, SetConfig
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint
 from listen_dist.engine.assembly import assemble
 from listen_dist.engine.checkpoint import CheckpointError
-from listen_dist.evaluation.decoding import Prediction, decode_set
-from listen_dist.evaluation.metrics import baseline_hypotheses, task_scores
+from listen_dist.evaluation import predictions as files
+from listen_dist.evaluation.decoding import Decoder
+from listen_dist.evaluation.placement import placed
+from listen_dist.evaluation.predictions import PartialFile, Prediction
+from listen_dist.evaluation.results import check_same_model, provenance, table, untrained_tasks
+from listen_dist.evaluation.scoring import check_references, entry_for
 from listen_dist.structures import SkippedSample
-from listen_dist.tasks import get_task
 
 logger = logging.getLogger("listen_dist.evaluate")
+T = TypeVar("T")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
@@ -52,76 +52,67 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     return arguments, configuration.load(arguments.config, arguments.overrides)
 
 
-def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """results.json's entry for each task: its metrics beside those of the trivial baseline."""
-    tasks: dict[str, Any] = {}
-    for name in dict.fromkeys(p.task for p in predictions):
-        rows = [p for p in predictions if p.task == name]
-        answers = [p.answers for p in rows]
-        baseline, constant = baseline_hypotheses(name, answers)
-        task = get_task(name)
-        odds = log_odds(rows)
-        tasks[name] = {
-            "samples": len(rows), "metric": task.metric, "better": task.better,
-            "metrics": task_scores(name, [p.text for p in rows], answers, odds),
-            "baseline": task_scores(name, constant, answers, [0.0] * len(odds)), "baseline_name": baseline,
-            "answered_by": dict(Counter("likelihood" if p.choices else "generation" for p in rows)),
-            "instruction": task.instruction or "the sample's own question",
-        }
-    return tasks
+def sets_of(config: Config, split: str) -> list[SetConfig]:
+    sets: list[SetConfig] = getattr(config.data, split)
+    if not sets:
+        raise ConfigError(f"data.{split}: no set to evaluate; name one, or another in eval.splits")
+    return sets
 
 
-def log_odds(rows: Sequence[Prediction]) -> list[float]:
-    """log p(yes) − log p(no) of each sample where all were asked so, and both answers occur; else empty."""
-    if {p.choices for p in rows} not in ({("yes", "no")}, {("no", "yes")}) or len({p.answers[0] for p in rows}) < 2:
-        return []
-    return [p.likelihoods[p.choices.index("yes")] - p.likelihoods[p.choices.index("no")] for p in rows]
+def decode_split(decoder: Decoder, sets: Sequence[SetConfig], header: dict[str, Any], partial: Path,
+                 ) -> tuple[list[Prediction], list[SkippedSample]]:
+    """Every sample of the sets once, an interrupted evaluation's results taken over."""
+    done = on_main(files.take_over, partial, header)
+    finished = sum(map(len, done.values()))
+    if finished:
+        logger.info("going on from %s: %d samples are decoded already", partial, finished)
+    file = PartialFile(partial, dist.rank())
+    predictions: list[Prediction] = []
+    skipped: list[SkippedSample] = []
+    for entry in sets:
+        reader = decoder.parts.reader([entry], with_targets=False)
+        decoded, unread = decoder.decode_set(reader, done.get(reader.indexes[0].fingerprint, []), file)
+        predictions += decoded
+        skipped += unread
+    file.close()
+    return predictions, skipped
 
 
-def provenance(config: Config, path: Path, fingerprints: dict[str, str]) -> dict[str, Any]:
-    """What the figures depend on."""
-    packages = ("jiwer", "whisper-normalizer", "sacrebleu", "aac-metrics", "torch", "transformers")
-    return {
-        "checkpoint": str(path), "split": config.eval.split, "k": config.pool.k, "decoding": asdict(config.eval),
-        "normalizer": "Whisper's: English rules for WER, basic for choices and captions",
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "data_fingerprints": fingerprints, "code_commit": code_commit(), "ranks": dist.world_size(),
-    }
+def on_main(work: Callable[..., T], *words: Any) -> T:
+    """Do something on the main rank alone; its result, or its error, on every rank."""
+    found: tuple[T | None, str] = None, ""
+    if dist.is_main():
+        try:
+            found = work(*words), ""
+        except (ValueError, OSError) as error:
+            found = None, str(error)
+    result, reason = dist.broadcast_object(found)
+    if reason:
+        raise ValueError(reason)
+    return result  # type: ignore[no-any-return]
 
 
-def code_commit() -> str:
-    """The git commit of the code, `+` behind it when files differ; empty outside a checkout."""
-    here = Path(__file__).resolve().parent
-    out = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"], cwd=here,
-                         capture_output=True, text=True, check=False)
-    return out.stdout.strip()
+def score_and_write(folder: Path, suffix: str, facts: dict[str, Any], saved: Config,
+                    predictions: Sequence[Prediction], skipped: Sequence[SkippedSample]) -> None:
+    """Score a split and write its three files; results.json last, so that it stands for all.
 
-
-def write_results(folder: Path, results: dict[str, Any], predictions: Sequence[Prediction],
-                  skipped: Sequence[SkippedSample]) -> None:
-    """Each file beside its place first, then renamed, so that no half file is ever read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "predictions.jsonl": "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions),
-        "eval_skipped.jsonl": "".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in skipped),
-        "results.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n",
-    }
-    for name, text in texts.items():
-        beside = folder / f".{name}.tmp"
-        beside.write_text(text)
-        os.replace(beside, folder / name)
-
-
-def table(tasks: dict[str, Any]) -> str:
-    """Tasks beside their trivial baselines, for people."""
-    lines = [f"{'task':<22}{'samples':>8}  {'metric':<10}{'model':>8}{'baseline':>10}   baseline is"]
-    for name, entry in tasks.items():
-        metric = entry["metric"]
-        ours, theirs = entry["metrics"][metric], entry["baseline"][metric]
-        mark = "better" if (ours < theirs) == (entry["better"] == "lower") and ours != theirs else "NOT better"
-        lines.append(f"{name:<22}{entry['samples']:>8}  {metric:<10}{ours:>8.3f}{theirs:>10.3f}   "
-                     f"{entry['baseline_name']} ({mark}; {entry['better']} is better)")
-    return "\n".join(lines)
+    Args:
+        facts: what results.json holds besides the scores.
+        saved: the configuration that the checkpoint was trained with.
+    """
+    check_references(predictions)
+    names = dict.fromkeys(row.task for row in predictions)
+    tasks = {name: entry_for(name, [row for row in predictions if row.task == name]) for name in names}
+    untrained = untrained_tasks(saved, set(tasks))
+    results = {"format_version": 2, "tasks": tasks, "skipped": len(skipped), "untrained_tasks": untrained, **facts}
+    files.write_file(folder / f"predictions{suffix}.jsonl", files.to_lines(predictions))
+    files.write_file(folder / f"eval_skipped{suffix}.jsonl", files.to_lines(skipped))
+    files.write_file(folder / f"results{suffix}.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    print(table(tasks), flush=True)
+    if untrained:
+        print(f"never trained in this checkpoint: {', '.join(untrained)}", flush=True)
+    print(f"{len(skipped)} samples skipped. Details: {folder / f'results{suffix}.json'}, "
+          f"{folder / f'predictions{suffix}.jsonl'}", flush=True)
 
 
 def evaluate(arguments: argparse.Namespace, config: Config) -> int:
@@ -129,32 +120,26 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
     logs.setup()
     path = checkpoint.resolve(Path(arguments.checkpoint or config.run_dir))
     state = checkpoint.read_state(path)
-    sets = getattr(config.data, config.eval.split)
-    if not sets:
-        raise ConfigError(f"data.{config.eval.split}: no set to evaluate; name one, or another eval.split")
+    splits = {split: sets_of(config, split) for split in config.eval.splits}
+    saved = check_same_model(path, config)
     parts = assemble(config, device)
     checkpoint.load_trainables(path, parts.model.trainable)
     parts.model.eval()
-    predictions: list[Prediction] = []
-    skipped: list[SkippedSample] = []
-    fingerprints: dict[str, str] = {}
-    with parts.sharding.whole():
-        for entry in sets:
-            reader = parts.reader([entry], with_targets=False)
-            fingerprints[entry.path] = reader.indexes[0].fingerprint
-            decoded, unread = decode_set(parts, reader, config.eval, config.pool.k)
-            predictions += decoded
-            skipped += unread
-    if dist.is_main():
-        tasks = score(predictions)
-        results = {"format_version": 1, "step": state.step, "tasks": tasks, "skipped": len(skipped),
-                   **provenance(config, path, fingerprints)}
-        out = Path(arguments.out or config.run_dir)
-        write_results(out, results, predictions, skipped)
-        print(table(tasks), flush=True)
-        print(f"{len(skipped)} samples skipped. Details: {out / 'results.json'}, {out / 'predictions.jsonl'}",
-              flush=True)
-    dist.barrier()
+    out = Path(arguments.out or config.run_dir)
+    with placed(parts) as whole:
+        decoder = Decoder(parts, config.eval, config.pool.k, whole)
+        for split, sets in splits.items():
+            indexes = parts.reader(sets, with_targets=False).indexes
+            fingerprints = {entry.path: index.fingerprint for entry, index in zip(sets, indexes, strict=True)}
+            if len(set(fingerprints.values())) < len(sets):
+                raise ConfigError(f"data.{split}: names a set twice, whose samples would count twice; name it once")
+            origin = provenance(config, path, split, fingerprints)
+            partial = out / f"partial.{split}"
+            predictions, skipped = decode_split(decoder, sets, origin, partial)
+            suffix = "" if len(splits) == 1 else f".{split}"
+            facts = {"step": state.step, **origin, "ranks": dist.world_size(), "llm": "whole" if whole else "sharded"}
+            on_main(score_and_write, out, suffix, facts, saved, predictions, skipped)
+            on_main(files.clear, partial)
     return 0
 
 

@@ -198,6 +198,19 @@ def encoding(config: Config, sizes: Sizes, shape: Shape) -> int:
     return round(item * frames * max(10 * sizes.speech_width, 10 * sizes.audio_width + scores))
 
 
+def room_for_whole(config: Config, size: LLMSize) -> int:
+    """Bytes that decoding needs on one rank beyond its shard when the LLM is gathered whole.
+
+    The weights, keys and values of a batch while it decodes (as if grouped queries saved nothing, and once
+    more for what Hugging Face copies when they grow), and one step's logits.
+    """
+    item = item_size(config)
+    tokens = config.eval.batch_tokens * config.eval.beams
+    cache = 2 * tokens * size.layers * 2 * size.width * item
+    logits = tokens * size.vocabulary // 8 * 4  # a row has eight tokens or more
+    return size.parameters * item + cache + logits
+
+
 # --- traffic and time -----------------------------------------------------------------------------
 
 

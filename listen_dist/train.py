@@ -36,6 +36,7 @@ from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.engine.step import train_step
 from listen_dist.engine.warm_start import fit_last_layer
+from listen_dist.evaluation.dev import DevHistory, evaluate_dev
 from listen_dist.model_sizes import Sizes, count, llm_size
 from listen_dist.planner import Cluster, plan_memory
 from listen_dist.structures import Batch, LoaderState
@@ -167,6 +168,7 @@ def train(run: Run) -> None:
                            pin_memory=model.device.type == "cuda")
     meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples)
     filler = find_filler(reader)
+    history, evaluate_every = DevHistory(run.checkpoints, run.state.step), config.train.eval_every
     model.train()
     while run.state.step < run.last_step:
         step = run.state.step
@@ -182,12 +184,25 @@ def train(run: Run) -> None:
         last = run.state.step >= run.last_step
         if run.state.step % config.train.checksum_every == 0 or last:
             run.replicated.prove_equal(run.state.step)
-        if run.state.step % config.train.save_every == 0 or last:
+        is_best = bool(evaluate_every) and run.state.step % evaluate_every == 0 and evaluate(run, history)
+        if run.state.step % config.train.save_every == 0 or last or is_best:
             run.state = replace(run.state, finished=last)
             save(run)
     steps.close()  # ends the loader's processes
     passes = mixture.epochs(run.state.loader.samples)
     logger.info("gone through: %s", ", ".join(f"{label} {times:.2f} times" for label, times in passes.items()))
+
+
+def evaluate(run: Run, history: DevHistory) -> bool:
+    """Score the dev sets; whether this step is the best so far in anything."""
+    scores, step = evaluate_dev(run.parts), run.state.step
+    is_best, warnings = history.add(step, scores)
+    run.trackers.log({f"dev/{task}/{score.metric}": score.value for task, score in scores.items()}, step)
+    logger.info("step %d: dev %s%s", step, ", ".join(f"{task} {score.metric} {score.value:.3f}"
+                                                     for task, score in scores.items()), " (a best)" * is_best)
+    for warning in warnings if dist.is_main() else ():
+        logger.warning("step %d: %s", step, warning)
+    return is_best
 
 
 def report(run: Run, meter: Meter, mixture: Mixture, rate: float, grad_norm: float) -> None:

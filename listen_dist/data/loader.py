@@ -20,7 +20,7 @@ import itertools
 import math
 import re
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence, Set
 
 import numpy as np
 import torch
@@ -162,11 +162,18 @@ def training_steps(reader: BatchReader, mixture: Mixture, cost: TokenCost, confi
 
 
 def decoding_batches(reader: BatchReader, cost: TokenCost, budget: int, workers: int, rank: int, world_size: int,
-                     limit: int = 0) -> Iterator[Batch]:
-    """This rank's share of one pass over the reader's only set; over all ranks every sample comes once."""
+                     limit: int = 0, done: Set[str] = frozenset()) -> tuple[Iterator[Batch], int]:
+    """This rank's share of one pass over the reader's only set; over all ranks every sample comes once.
+
+    Args:
+        done: ids to leave out.
+
+    Returns:
+        the batches, and the most that any rank has.
+    """
     (index,) = reader.indexes
-    batches = plan_once(index, cost, budget, limit)
-    return _batches(reader, batches[rank::world_size], workers)
+    batches = plan_once(index, cost, budget, limit, done)
+    return _batches(reader, batches[rank::world_size], workers), math.ceil(len(batches) / world_size)
 
 
 def find_filler(reader: BatchReader) -> Batch:

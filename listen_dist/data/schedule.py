@@ -14,7 +14,7 @@ not depend on how many there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,13 +136,19 @@ def plan_window(mixture: Mixture, cost: TokenCost, budget: float, window: int, s
     return [[refs[i] for i in batches[place]] for place in spread(counts, random)]
 
 
-def plan_once(index: ShardIndex, cost: TokenCost, budget: float, limit: int = 0) -> list[list[SampleRef]]:
-    """Every sample of one set exactly once (or the first `limit`), longest first.
+def plan_once(index: ShardIndex, cost: TokenCost, budget: float, limit: int = 0, done: Set[str] = frozenset(),
+              ) -> list[list[SampleRef]]:
+    """Every sample of one set exactly once (or `limit` evenly spread) but those that are done, longest first.
 
     Each batch holds one task, so that a one-word answer need not wait for a transcript.
     """
     refs = [SampleRef(0, shard, row) for shard, count in enumerate(index.counts.tolist()) for row in range(count)]
-    refs = refs[:limit] if limit else refs
+    if 0 < limit < len(refs):
+        refs = [refs[i * len(refs) // limit] for i in range(limit)]  # a set may be sorted by answer
+    if done:
+        refs = [ref for ref in refs if index.shard_table(ref.shard).ids[ref.row] not in done]
+    if not refs:
+        return []
     costs = costs_of(refs, [index], cost)
     tasks = np.array([index.shard_table(ref.shard).tasks[ref.row] for ref in refs])
     by_length = np.argsort(-costs, kind="stable")

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 FREE_TO_CHANGE = ("run_dir", "device", "parallel.", "eval.", "tracking.", "data.test", "data.dev", "data.workers",
                   "data.cache_dir", "data.cache_gib", "data.timeout_seconds", "data.retries",
                   "train.max_steps", "train.max_minutes", "train.log_every", "train.save_every", "train.keep",
-                  "train.checksum_every", "train.resume", "pool.backend", "pool.top_k", "model.attention")
+                  "train.checksum_every", "train.eval_every", "train.eval_limit", "train.resume", "pool.backend",
+                  "pool.top_k", "model.attention")
 """Keys that may differ between a checkpoint and the run that goes on from it."""
 
 
@@ -78,8 +79,16 @@ def save(folder: Path, config: Config, state: TrainState, trainable: nn.Module,
     # Later ones are there when the user went back to an older one: this run will write them anew.
     until_now = [path for path in complete(folder) if _step_of(path) <= state.step]
     for old in until_now[: -config.train.keep]:
-        shutil.rmtree(old)
+        if _step_of(old) not in _best_steps(folder):
+            shutil.rmtree(old)
     return target
+
+
+def _best_steps(folder: Path) -> set[int]:
+    """Steps that best.json names (see evaluation/dev.py), whose checkpoints are kept."""
+    file = folder / "best.json"
+    best = json.loads(file.read_text())["best"] if file.is_file() else {}
+    return {entry["step"] for entry in best.values()}
 
 
 def complete(folder: Path) -> list[Path]:

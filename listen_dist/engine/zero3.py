@@ -95,13 +95,20 @@ class Zero3:
         """Gather all weights and take ZeRO's hooks off; put both back whatever happens inside."""
         from deepspeed.runtime.zero import unwrap_model_for_generation
 
+        # One hook DeepSpeed leaves on: at the start of a forward it compares notes with the other ranks, and
+        # would wait for ever for one that has nothing left to decode.
+        offload = getattr(self._engine.optimizer, "parameter_offload", self._engine.optimizer)
+        hooks, number = self._engine.module._forward_pre_hooks, offload.fwd_pre_hook.id
         manager = unwrap_model_for_generation(self._engine)
         manager.__enter__()
+        start_of_forward = hooks.pop(number)
         try:
             yield
         finally:
             # DeepSpeed restores its hooks only on a normal exit, so an exception is not shown to it.
             manager.__exit__(None, None, None)
+            hooks[number] = start_of_forward
+            hooks.move_to_end(number, last=False)
 
     def bytes_held(self) -> int:
         """Bytes of the shards on this rank (weights gathered now, and small ones kept so, come on top)."""

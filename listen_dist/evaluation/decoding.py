@@ -1,84 +1,124 @@
-"""Decode a set on all ranks: every sample once, texts gathered on every rank."""
+"""Decode a set on all ranks: every sample once, texts gathered on every rank.
+
+Where the LLM lies whole on every rank, each works through its share at its own pace. Where it stays
+sharded, every forward needs all ranks: they go in rounds, and a rank with nothing left to do computes on
+a filler whose result is dropped.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
 
 from listen_dist import dist, logs
 from listen_dist.config import EvalConfig
-from listen_dist.data.loader import BatchReader, decoding_batches
+from listen_dist.data.loader import BatchReader, decoding_batches, find_filler
 from listen_dist.engine.assembly import Parts
+from listen_dist.evaluation.predictions import PartialFile, Prediction
 from listen_dist.structures import Batch, SkippedSample
 from listen_dist.tasks import get_task, token_limit
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class Prediction:
-    """One decoded sample."""
+class Decoder:
+    """How samples are answered."""
 
-    id: str
-    task: str
-    text: str
-    answers: tuple[str, ...]
-    prompts: tuple[int, ...]
-    """Indices of the prompts picked, best first."""
-    scores: tuple[float, ...]
-    choices: tuple[str, ...] = ()
-    """The closed set that `text` comes from; empty where the text was generated."""
-    likelihoods: tuple[float, ...] = ()
-    """log p(choice and EOS | input) of each."""
+    parts: Parts
+    config: EvalConfig
+    k: int
+    """Prompts a row."""
+    whole: bool
+    """The LLM is whole on every rank (`sharding.whole()` is open, or it is replicated)."""
 
+    def decode_set(self, reader: BatchReader, done: Sequence[Prediction] = (), partial: PartialFile | None = None,
+                   ) -> tuple[list[Prediction], list[SkippedSample]]:
+        """Decode what is not done of the reader's only set. Every rank must call it.
 
-def decode_set(parts: Parts, reader: BatchReader, config: EvalConfig, k: int,
-               ) -> tuple[list[Prediction], list[SkippedSample]]:
-    """Decode the reader's set with k prompts; call inside `sharding.whole()`.
+        Args:
+            done: taken over from an interrupted evaluation, the same on every rank.
+            partial: where finished predictions go at once.
 
-    Ranks may take different numbers of batches: nothing here waits for another rank
-    until all are done.
+        Returns:
+            all ranks' predictions in the order of ids, and the samples that could not be read.
 
-    Returns:
-        all ranks' predictions in the order of ids, and the samples that could not be read.
-    """
-    batches = decoding_batches(reader, parts.token_cost(k), config.batch_tokens, parts.config.data.workers,
-                               dist.rank(), dist.world_size(), config.limit)
-    predictions: list[Prediction] = []
-    skipped: list[SkippedSample] = []
-    name = reader.indexes[0].folder
-    for batch in logs.progress(batches, f"decoding {name}"):
-        skipped += batch.skipped
-        predictions += decode(parts, batch, config, k)
-    both = dist.gather_objects((predictions, skipped))
-    everything = sorted((p for theirs, _ in both for p in theirs), key=lambda p: p.id)
-    return everything, [s for _, theirs in both for s in theirs]
+        Raises:
+            ValueError: a sample is missing or came twice.
+        """
+        (index,) = reader.indexes
+        batches, rounds = decoding_batches(reader, self.parts.token_cost(self.k), self.config.batch_tokens,
+                                           self.parts.config.data.workers, dist.rank(), dist.world_size(),
+                                           self.config.limit, {row.id for row in done})
+        predictions: list[Prediction] = []
+        skipped: list[SkippedSample] = []
+        answered = self._at_own_pace(batches) if self.whole else self._in_rounds(batches, rounds, reader)
+        for batch, rows in logs.progress(answered, f"decoding {index.folder}"):
+            skipped += batch.skipped
+            predictions += rows
+            if partial is not None and rows:
+                partial.add(index.fingerprint, rows)
+        both = dist.gather_objects((predictions, skipped))
+        everything = sorted([*done, *(p for theirs, _ in both for p in theirs)], key=lambda p: p.id)
+        left_out = [s for _, theirs in both for s in theirs]
+        names = [row.id for row in (*everything, *left_out)]
+        expected = min(self.config.limit or index.samples, index.samples)
+        if len(names) != expected or len(set(names)) != expected:
+            raise ValueError(f"{index.folder}: {len(names)} results ({len(set(names))} different ids) for "
+                               f"{expected} samples; delete the partial results and evaluate again")
+        return everything, left_out
 
+    def _at_own_pace(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Prediction]]]:
+        for batch in batches:
+            closed, free = self._split(batch)
+            yield batch, [*(self.choose(closed) if len(closed) else ()), *(self.generate(free) if len(free) else ())]
 
-def decode(parts: Parts, batch: Batch, config: EvalConfig, k: int) -> list[Prediction]:
-    """Answer every row of a batch of one task: by the likelihood of its choices, or by generating."""
-    by_likelihood = [config.choices == "likelihood" and bool(choices) for choices in batch.choices]
-    closed = batch.select([row for row, chosen in enumerate(by_likelihood) if chosen])
-    free = batch.select([row for row, chosen in enumerate(by_likelihood) if not chosen])
-    answers = [*(choose(parts, closed, k) if len(closed) else ()),
-               *(generate(parts, free, config, k) if len(free) else ())]
-    return answers
+    def _in_rounds(self, batches: Iterator[Batch], rounds: int, reader: BatchReader,
+                   ) -> Iterator[tuple[Batch, list[Prediction]]]:
+        filler = find_filler(reader)
+        filler = replace(filler, choices=[("",)], choice_ids=[[[self.parts.text.frame.eos] * 2]], skipped=[])
+        nothing = filler.select([])
+        for batch in itertools.islice(itertools.chain(batches, itertools.repeat(nothing)), rounds):
+            closed, free = self._split(batch) if len(batch) else (nothing, nothing)
+            any_closed, any_free = dist.sum_(torch.tensor([len(closed), len(free)],
+                                                          device=self.parts.model.device)).tolist()
+            rows: list[Prediction] = []
+            if any_closed:
+                rows += self.choose(closed if len(closed) else filler)[: len(closed)]
+            if any_free:
+                rows += self.generate(free if len(free) else filler)[: len(free)]
+            yield batch, rows
 
+    def answer(self, batch: Batch) -> list[Prediction]:
+        """Answer every row of a batch of one task, without other ranks."""
+        return next(self._at_own_pace(iter([batch])))[1]
 
-def choose(parts: Parts, batch: Batch, k: int) -> Iterator[Prediction]:
-    """The likeliest choice of each row (the first among equals)."""
-    likelihoods, matched = parts.model.score(batch, k)
-    for i, row in enumerate(likelihoods):
-        yield Prediction(batch.ids[i], batch.tasks[i], batch.choices[i][int(row.argmax())], batch.answers[i],
-                         tuple(matched.indices[i].tolist()), tuple(matched.scores[i].tolist()),
-                         batch.choices[i], tuple(row.tolist()))
+    def _split(self, batch: Batch) -> tuple[Batch, Batch]:
+        """Rows answered by likelihood, and rows answered by generating."""
+        chosen = [self.config.choices == "likelihood" and bool(choices) for choices in batch.choices]
+        return (batch.select([row for row, by_likelihood in enumerate(chosen) if by_likelihood]),
+                batch.select([row for row, by_likelihood in enumerate(chosen) if not by_likelihood]))
 
+    def choose(self, batch: Batch) -> list[Prediction]:
+        """The likeliest choice of each row."""
+        likelihoods, matched = self.parts.model.score(batch, self.k)
+        return [Prediction(batch.ids[i], batch.tasks[i], batch.choices[i][int(row.argmax())], batch.answers[i],
+                           tuple(matched.indices[i].tolist()), tuple(matched.scores[i].tolist()), batch.choices[i],
+                           tuple(row.tolist()))
+                for i, row in enumerate(likelihoods)]
 
-def generate(parts: Parts, batch: Batch, config: EvalConfig, k: int) -> Iterator[Prediction]:
-    """What the LLM says to each row of a batch of one task."""
-    limits = [token_limit(task, seconds) for task, seconds in zip(batch.tasks, batch.seconds, strict=True)]
-    penalty = config.repetition_penalty if get_task(batch.tasks[0]).answers == "text" else 1.0
-    ids, matched = parts.model.generate(batch, k, limits, num_beams=config.beams,
-                                        length_penalty=config.length_penalty if config.beams > 1 else None,
-                                        repetition_penalty=penalty)
-    for i, row in enumerate(ids):
-        yield Prediction(batch.ids[i], batch.tasks[i], parts.text.decode(row), batch.answers[i],
-                         tuple(matched.indices[i].tolist()), tuple(matched.scores[i].tolist()))
+    def generate(self, batch: Batch) -> list[Prediction]:
+        """What the LLM says to each row of a batch of one task."""
+        limits = [token_limit(task, seconds) for task, seconds in zip(batch.tasks, batch.seconds, strict=True)]
+        config = self.config
+        penalty = config.repetition_penalty if get_task(batch.tasks[0]).answers == "text" else 1.0
+        ids, matched = self.parts.model.generate(
+            batch, self.k, limits, num_beams=config.beams, repetition_penalty=penalty,
+            length_penalty=config.length_penalty if config.beams > 1 else None, synced_gpus=not self.whole)
+        return [Prediction(batch.ids[i], batch.tasks[i], self.parts.text.decode(row), batch.answers[i],
+                           tuple(matched.indices[i].tolist()), tuple(matched.scores[i].tolist()), batch.choices[i])
+                for i, row in enumerate(ids)]

@@ -1,18 +1,26 @@
-"""Scores of a task's texts. Plain functions: strings in, numbers out."""
+"""Scores of texts. Plain functions: strings in, numbers out.
+
+`wer_scores` and its like give values; `wer_figures` and its like give the same as functions of how often
+each clip is counted, from which bootstrap.py takes intervals.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import jiwer
 import numpy as np
-import sacrebleu
+from sacrebleu.metrics import BLEU, CHRF
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from listen_dist.tasks import get_task
+from listen_dist.evaluation.bootstrap import Figure, ratio, total
+from listen_dist.evaluation.captions import caption_figures
+
+NORMALIZERS = {"english": "Whisper's English rules (numbers, spelling, fillers)",
+               "basic": "Whisper's basic rules (lower case, no punctuation)"}
 
 
 @cache
@@ -28,36 +36,74 @@ def normalize(text: str, language: str = "english") -> str:
 def wer_scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Word and character error rate over the whole corpus, both sides normalised as Whisper does.
 
-    WER = (insertions + deletions + substitutions) / reference words; it can pass 1.
+    WER = (insertions + deletions + substitutions) / reference words; it can pass 1. `wer` and `cer` follow
+    the English rules, `wer_basic` and `cer_basic` the basic ones (for other languages). What is said to a
+    reference without words counts as insertions.
 
     Raises:
         ValueError: lengths differ, or no reference has a word left after normalisation.
     """
-    _same_length(hypotheses, references)
-    pairs = [(normalize(h), normalize(r)) for h, r in zip(hypotheses, references, strict=True)]
-    pairs = [(h, r) for h, r in pairs if r]
-    if not pairs:
-        raise ValueError("wer_scores: no reference with a word in it")
-    hyp, ref = [h for h, _ in pairs], [r for _, r in pairs]
-    words, characters = jiwer.process_words(ref, hyp), jiwer.process_characters(ref, hyp)
-    return {"wer": words.wer, "cer": characters.cer, "insertions": float(words.insertions),
-            "deletions": float(words.deletions), "substitutions": float(words.substitutions)}
+    return values(wer_figures(hypotheses, references))
 
 
-def choice_scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def wer_figures(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, Figure]:
+    same_length(hypotheses, references)
+    figures: dict[str, Figure] = {}
+    for language, suffix in (("english", ""), ("basic", "_basic")):
+        hyp, ref = ([normalize(text, language) for text in side] for side in (hypotheses, references))
+        if not any(ref):
+            raise ValueError("wer_scores: no reference with a word in it")
+        words, characters = jiwer.process_words(ref, hyp), jiwer.process_characters(ref, hyp)
+        word_edits, letter_edits = _edits(words), _edits(characters)
+        figures[f"wer{suffix}"] = ratio(word_edits.sum(1).tolist(), [len(row) for row in words.references])
+        figures[f"cer{suffix}"] = ratio(letter_edits.sum(1).tolist(), [len(row) for row in characters.references])
+        for column, kind in enumerate(("insertions", "deletions", "substitutions")):
+            figures[f"{kind}{suffix}"] = total(word_edits[:, column].tolist())
+            figures[f"character_{kind}{suffix}"] = total(letter_edits[:, column].tolist())
+    return figures
+
+
+def _edits(output: jiwer.WordOutput | jiwer.CharacterOutput) -> np.ndarray:
+    """Insertions, deletions and substitutions of each sentence, float64 [sentences, 3]."""
+    columns = {"insert": 0, "delete": 1, "substitute": 2}
+    edits = np.zeros((len(output.alignments), 3))
+    for row, alignment in enumerate(output.alignments):
+        for chunk in alignment:
+            if chunk.type in columns:
+                size = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+                edits[row, columns[chunk.type]] += size
+    return edits
+
+
+def choice_scores(hypotheses: Sequence[str], references: Sequence[str],
+                  log_odds: Sequence[float] = ()) -> dict[str, float]:
     """Accuracy over samples (weighted) and the mean of the per-answer recalls (unweighted).
 
     Both sides are compared after Whisper's basic normalisation.
+
+    Args:
+        log_odds: for a yes/no task, log p(yes) − log p(no) of each sample; gives the equal error rate.
     """
-    _same_length(hypotheses, references)
-    right: Counter[str] = Counter()
-    total: Counter[str] = Counter()
-    for hypothesis, reference in zip(hypotheses, references, strict=True):
-        answer = normalize(reference, "basic")
-        total[answer] += 1
-        right[answer] += normalize(hypothesis, "basic") == answer
-    return {"accuracy": right.total() / max(1, total.total()),
-            "unweighted_accuracy": sum(right[a] / total[a] for a in total) / max(1, len(total))}
+    return values(choice_figures(hypotheses, references, log_odds))
+
+
+def choice_figures(hypotheses: Sequence[str], references: Sequence[str],
+                   log_odds: Sequence[float] = ()) -> dict[str, Figure]:
+    same_length(hypotheses, references)
+    answers = [normalize(reference, "basic") for reference in references]
+    right = np.array([normalize(hypothesis, "basic") == answer
+                      for hypothesis, answer in zip(hypotheses, answers, strict=True)], dtype=np.float64)
+    members = np.array([[answer == kind for kind in dict.fromkeys(answers)] for answer in answers], dtype=np.float64)
+
+    def unweighted(counts: np.ndarray) -> np.ndarray:
+        seen = counts @ members  # [R, answers]; a resample may miss an answer
+        with np.errstate(invalid="ignore"):
+            return np.nanmean(counts @ (members * right[:, None]) / seen, axis=1)
+
+    figures = {"accuracy": ratio(right.tolist()), "unweighted_accuracy": Figure(len(answers), unweighted)}
+    if len(log_odds):
+        figures["eer"] = _eer_figure(log_odds, [answer == "yes" for answer in answers])
+    return figures
 
 
 def equal_error_rate(scores: Sequence[float], is_target: Sequence[bool]) -> float:
@@ -72,75 +118,93 @@ def equal_error_rate(scores: Sequence[float], is_target: Sequence[bool]) -> floa
     Raises:
         ValueError: lengths differ, or only one kind is there.
     """
-    _same_length(scores, is_target)
-    values, truth = np.asarray(scores, dtype=np.float64), np.asarray(is_target, dtype=bool)
+    return _eer_figure(scores, is_target).value
+
+
+def _eer_figure(scores: Sequence[float], is_target: Sequence[bool]) -> Figure:
+    same_length(scores, is_target)
+    order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
+    ranked, truth = np.asarray(scores, dtype=np.float64)[order], np.asarray(is_target, dtype=bool)[order]
     if truth.all() or not truth.any():
         raise ValueError("equal_error_rate: needs targets and others, found one kind alone")
-    _, place = np.unique(-values, return_inverse=True)  # equal scores share a threshold
-    hits, alarms = np.bincount(place, truth), np.bincount(place, ~truth)
-    misses = 1 - np.cumsum(np.append(0, hits)) / truth.sum()
-    alarms = np.cumsum(np.append(0, alarms)) / (~truth).sum()
-    after = int(np.argmax(alarms >= misses))
-    gap = misses[after - 1] - alarms[after - 1]
-    step = gap - (misses[after] - alarms[after])
-    return float(alarms[after - 1] + gap / step * (alarms[after] - alarms[after - 1]))
+    ends = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)  # equal scores share a threshold
+
+    def of(counts: np.ndarray) -> np.ndarray:
+        taken, rows = counts[:, order], np.arange(len(counts))
+        with np.errstate(invalid="ignore"):
+            alarms, hits = (np.pad(np.cumsum(taken * kind, 1)[:, ends], ((0, 0), (1, 0))) / (taken @ kind)[:, None]
+                            for kind in (~truth, truth))
+            gaps = 1 - hits - alarms  # misses − false alarms, from 1 down to −1
+            after = np.maximum(1, np.argmax(gaps <= 0, axis=1))
+            before, behind = gaps[rows, after - 1], gaps[rows, after]
+            low, high = alarms[rows, after - 1], alarms[rows, after]
+            return low + before / (before - behind) * (high - low)
+
+    return Figure(len(ranked), of)
 
 
 def bleu_scores(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> dict[str, float]:
     """Corpus BLEU and chrF by sacrebleu; `tokenize="zh"` for Chinese targets."""
-    _same_length(hypotheses, references)
-    return {"bleu": sacrebleu.corpus_bleu(list(hypotheses), [list(references)], tokenize=tokenize).score,
-            "chrf": sacrebleu.corpus_chrf(list(hypotheses), [list(references)]).score}
+    return values(bleu_figures(hypotheses, references, tokenize)[0])
+
+
+def bleu_figures(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a",
+                 ) -> tuple[dict[str, Figure], dict[str, str]]:
+    """The figures, and sacrebleu's signature of each."""
+    same_length(hypotheses, references)
+    figures, signatures = {}, {}
+    for name, metric in (("bleu", BLEU(tokenize=tokenize)), ("chrf", CHRF())):
+        figures[name] = _sacrebleu_figure(metric, hypotheses, references)
+        signatures[name] = str(metric.get_signature())
+    return figures, signatures
+
+
+def _sacrebleu_figure(metric: BLEU | CHRF, hypotheses: Sequence[str], references: Sequence[str]) -> Figure:
+    """sacrebleu's own per-sentence counts, summed and finished by sacrebleu."""
+    counted = np.array(metric._extract_corpus_statistics(list(hypotheses), [list(references)]), dtype=np.float64)
+
+    def of(counts: np.ndarray) -> np.ndarray:
+        sums = np.rint(counts @ counted).astype(int).tolist()
+        return np.array([metric._compute_score_from_stats(row).score for row in sums])
+
+    return Figure(len(hypotheses), of)
+
+
+def answer_figures(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Figure]:
+    """Free-text answers: exact match with any reference, and ROUGE-L, both after Whisper's basic normalisation."""
+    same_length(hypotheses, references)
+    from aac_metrics.functional import rouge_l  # takes seconds to import
+
+    said = [normalize(text, "basic") for text in hypotheses]
+    meant = [[normalize(text, "basic") for text in row] for row in references]
+    _, rows = rouge_l(said, [[text or "(none)" for text in row] for row in meant])
+    return {"exact_match": ratio([float(text in row) for text, row in zip(said, meant, strict=True)]),
+            "rouge_l": ratio(rows["rouge_l"].tolist())}
 
 
 def caption_scores(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """CIDEr-D over the corpus by aac-metrics, words lower-cased and without punctuation.
+    """CIDEr-D, ROUGE-L, and what Java's tools give where they are (see captions.py).
 
     The corpus decides the words' weights (inverse document frequency), so it needs at
     least two samples, and figures of different splits cannot be compared.
     """
-    _same_length(hypotheses, references)
-    from aac_metrics.functional import cider_d  # takes seconds to import
-
-    corpus, _ = cider_d([normalize(h, "basic") for h in hypotheses],
-                        [[normalize(r, "basic") for r in row] for row in references])
-    return {"cider_d": float(corpus["cider_d"])}
+    same_length(hypotheses, references)
+    return values(caption_figures(hypotheses, references)[0])
 
 
-def task_scores(task: str, hypotheses: Sequence[str], answers: Sequence[Sequence[str]],
-                log_odds: Sequence[float] = ()) -> dict[str, float]:
-    """The metrics of a task; the main one is `get_task(task).metric`.
-
-    Args:
-        log_odds: for a yes/no task, log p(yes) − log p(no) of each sample; gives the equal error rate.
-    """
-    metric = get_task(task).metric
-    first = [row[0] for row in answers]
-    if metric == "wer":
-        return wer_scores(hypotheses, first)
-    if metric == "bleu":
-        return bleu_scores(hypotheses, first)
-    if metric == "cider_d":
-        return caption_scores(hypotheses, answers)
-    scores = choice_scores(hypotheses, first)
-    if log_odds:
-        scores["eer"] = equal_error_rate(log_odds, [normalize(answer, "basic") == "yes" for answer in first])
-    return scores
+def values(figures: Mapping[str, Figure]) -> dict[str, float]:
+    """The figures over every clip once."""
+    return {name: figure.value for name, figure in figures.items()}
 
 
-def baseline_hypotheses(task: str, answers: Sequence[Sequence[str]]) -> tuple[str, list[str]]:
-    """What a model that does not listen would say: silence for text, else the most frequent answer.
-
-    Returns:
-        the baseline's name and one hypothesis a sample, taken from the split itself.
-    """
-    if get_task(task).metric in ("wer", "bleu"):
-        return "silence", [""] * len(answers)
+def most_frequent(answers: Sequence[Sequence[str]]) -> str:
+    """The answer that stands most often in a split."""
     (answer, _), *_ = Counter(text for row in answers for text in row).most_common(1)
-    return "most_frequent", [answer] * len(answers)
+    return answer
 
 
-def _same_length(hypotheses: Sequence[object], references: Sequence[object]) -> None:
+def same_length(hypotheses: Sequence[object], references: Sequence[object]) -> None:
+    """Raise ValueError unless both are as long, and not empty."""
     if len(hypotheses) != len(references) or not references:
         raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references; "
                          "expected as many of each, and at least one")

@@ -136,7 +136,7 @@ def test_evaluation_without_sets_or_checkpoint(program: Program, trained: Traine
     before = state_of(trained.folder)
     run = f"run_dir={trained.folder}"
     assert "data.test: no set to evaluate" in error_of(program(evaluation.main, run, "data.test=[]"))
-    assert "data.dev: no set to evaluate" in error_of(program(evaluation.main, run, "eval.split=dev"))
+    assert "data.dev: no set to evaluate" in error_of(program(evaluation.main, run, "eval.splits=[dev]"))
     assert "no checkpoint here" in error_of(program(evaluation.main, f"run_dir={tmp_path}"))
     assert "belongs to another model" in error_of(program(evaluation.main, run, "pool.prompts=12"))
     assert state_of(trained.folder) == before

@@ -85,10 +85,12 @@ def test_results_have_the_documented_keys(greedy: tuple[Path, str], tiny_world: 
         assert {"samples", "metric", "better", "metrics", "baseline", "baseline_name", "instruction"} <= set(entry)
         assert (entry["metric"], entry["better"]) == (TASKS[name].metric, TASKS[name].better)
         assert entry["metric"] in entry["metrics"] and set(entry["metrics"]) == set(entry["baseline"])
+        low, high = entry["intervals"][entry["metric"]]
+        assert low <= entry["metrics"][entry["metric"]] <= high
     assert results["tasks"]["asr"]["baseline"]["wer"] == 1.0
     assert results["step"] == 12 and results["k"] == 4 and results["ranks"] == 2 and results["split"] == "test"
     assert results["data_fingerprints"] == {str(tiny_world.test): index.fingerprint}
-    assert {"checkpoint", "decoding", "normalizer", "versions", "code_commit", "skipped"} <= set(results)
+    assert {"checkpoint", "decoding", "model", "versions", "code_commit", "skipped"} <= set(results)
     assert results["decoding"]["beams"] == 1
     assert {name: entry["answered_by"] for name, entry in results["tasks"].items()} == {
         "asr": {"generation": 4}, "language_id": {"likelihood": 1}, "speech_qa": {"likelihood": 2}}

@@ -13,7 +13,7 @@ from listen_dist.config import EvalConfig
 from listen_dist.data.loader import BatchReader
 from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import Parts, assemble
-from listen_dist.evaluation.decoding import choose, decode
+from listen_dist.evaluation.decoding import Decoder
 from listen_dist.models.llm import load_llm
 from listen_dist.structures import Batch
 from listen_dist.tasks import token_limit
@@ -170,6 +170,10 @@ def test_decoding_in_a_batch_equals_one_at_a_time(parts_of: Any, beams: int, nam
     assert len({tuple(ids) for ids in together}) > 1
 
 
+def decoder(parts: Parts, **options: Any) -> Decoder:
+    return Decoder(parts, EvalConfig(**options), K, whole=True)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_rows_token_limit_is_its_own(parts_of: Any, beams: int) -> None:
     """Clips of one task, but of unlike lengths, may say unlike much; beams feel how far the others go on."""
@@ -180,9 +184,9 @@ def test_a_rows_token_limit_is_its_own(parts_of: Any, beams: int) -> None:
     batch = reader[refs]
     limits = [token_limit("asr", seconds) for seconds in batch.seconds]
     assert len(set(limits)) > 2
-    together = decode(parts, batch, EvalConfig(beams=beams), K)
+    together = decoder(parts, beams=beams).answer(batch)
     for row, ref in enumerate(refs):
-        (alone,) = decode(parts, reader[[ref]], EvalConfig(beams=beams), K)
+        (alone,) = decoder(parts, beams=beams).answer(reader[[ref]])
         assert alone.text == together[row].text
 
 
@@ -231,7 +235,7 @@ def test_choices_are_scored_alike_alone_and_in_a_batch(parts_of: Any, name: str)
 def test_likelihoods_equal_plain_hugging_face(parts_of: Any) -> None:
     parts = parts_of("mlp")
     batch, singles = batch_and_singles(parts, with_targets=False)
-    ours = choose(parts, with_choices(parts, batch), K)
+    ours = decoder(parts).choose(with_choices(parts, batch))
     llm, weights = load_llm(parts.config.model), dict(parts.model.trainable.named_parameters())
     frames = [parts.model.encoder.encode([single.audio[0]])[0] for single in singles]
     picked = set()
@@ -253,13 +257,13 @@ def test_closed_and_free_rows_of_a_batch_are_answered_each_in_its_way(parts_of: 
     reader = reader_of(parts, with_targets=False)
     batch = reader[[SampleRef(1, 0, 1), SampleRef(1, 0, 3)]]
     assert batch.choices == [("yes", "no")] * 2 and batch.tasks == ["speech_qa"] * 2
-    chosen = decode(parts, batch, EvalConfig(), K)
+    chosen = decoder(parts).answer(batch)
     assert [p.text in p.choices and len(p.likelihoods) == 2 for p in chosen] == [True, True]
-    said = decode(parts, batch, EvalConfig(choices="generate", repetition_penalty=5.0), K)
-    assert [p.choices for p in said] == [(), ()]
-    assert [p.text for p in said] == [p.text for p in decode(parts, batch, EvalConfig(choices="generate"), K)]
+    said = decoder(parts, choices="generate", repetition_penalty=5.0).answer(batch)
+    assert [p.likelihoods for p in said] == [(), ()]
+    assert [p.text for p in said] == [p.text for p in decoder(parts, choices="generate").answer(batch)]
     batch.choices[0] = ()
-    mixed = {p.id: p for p in decode(parts, batch, EvalConfig(), K)}
+    mixed = {p.id: p for p in decoder(parts).answer(batch)}
     assert mixed[batch.ids[0]].text == said[0].text and mixed[batch.ids[1]].text == chosen[1].text
     assert mixed[batch.ids[1]].likelihoods == pytest.approx(chosen[1].likelihoods, abs=1e-4)
 
@@ -267,5 +271,5 @@ def test_closed_and_free_rows_of_a_batch_are_answered_each_in_its_way(parts_of: 
 def test_the_repetition_penalty_acts_on_free_text(parts_of: Any) -> None:
     parts = parts_of("mlp")
     batch = reader_of(parts, with_targets=False)[[SampleRef(0, 0, 0), SampleRef(0, 0, 1), SampleRef(0, 0, 3)]]
-    texts = [[p.text for p in decode(parts, batch, EvalConfig(repetition_penalty=value), K)] for value in (1.0, 5.0)]
+    texts = [[p.text for p in decoder(parts, repetition_penalty=value).answer(batch)] for value in (1.0, 5.0)]
     assert texts[0] != texts[1]

@@ -1,0 +1,99 @@
+"""results.json: the figures of a split, and what they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from listen_dist.config import Config, ConfigError, differences, load
+from listen_dist.data.shard_members import ShardError
+from listen_dist.data.shards import ShardIndex
+
+PACKAGES = ("jiwer", "whisper-normalizer", "sacrebleu", "aac-metrics", "torch", "transformers")
+FREE = ("model.attention", "model.dtype", "model.seed", "pool.top_k", "pool.backend", "pool.train_k_max",
+        "pool.stochastic_k", "pool.match_weight", "projector.freeze", "projector.init_from", "projector.start")
+"""Keys of the model that may differ between training and evaluation."""
+
+
+def provenance(config: Config, path: Path, split: str, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """What a split's texts depend on; an interrupted evaluation goes on only where all of it is the same.
+
+    Args:
+        path: the checkpoint.
+        fingerprints: of the split's sets, by their path.
+    """
+    decoding = asdict(config.eval)
+    for key in ("splits", "llm", "batch_tokens"):  # they decide when and where a text is made, not what it is
+        del decoding[key]
+    return {"checkpoint": str(path), "checkpoint_sha256": sha256_of(path / "trainables.safetensors"), "split": split,
+            "k": config.pool.k, "decoding": decoding, "model": asdict(config.model),
+            "stored_features": config.data.stored_features, "data_fingerprints": dict(fingerprints),
+            "code_commit": code_commit(), "versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_commit() -> str:
+    """The git commit of the code, `+` behind it when files differ; empty outside a checkout."""
+    here = Path(__file__).resolve().parent
+    out = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"], cwd=here,
+                         capture_output=True, text=True, check=False)
+    return out.stdout.strip()
+
+
+def check_same_model(path: Path, config: Config) -> Config:
+    """Refuse to evaluate a checkpoint under another model's configuration.
+
+    The LLM and the encoder count as the same when the last parts of their paths are, so that folders can move.
+
+    Returns:
+        the configuration that the checkpoint was written with.
+
+    Raises:
+        ConfigError: naming the keys that differ, and the cure.
+    """
+    saved = load(path / "config.yaml")
+    names = {"model.llm": (saved.model.llm, config.model.llm),
+             "model.speech_encoder": (saved.model.speech_encoder, config.model.speech_encoder)}
+    moved = [key for key, (a, b) in names.items() if Path(a).name == Path(b).name]
+    differing = [key for key in differences(saved, config)
+                 if key.startswith(("model.", "projector.", "pool.")) and key not in (*FREE, *moved)]
+    if differing:
+        raise ConfigError(f"{path}: belongs to another model; these keys differ: {', '.join(differing[:5])}. "
+                          f"Evaluate with --config {path / 'config.yaml'}, or choose another --checkpoint")
+    return saved
+
+
+def untrained_tasks(saved: Config, tasks: set[str]) -> list[str]:
+    """Those of the tasks that the checkpoint never saw; none where its training sets are not here to ask."""
+    try:
+        trained = {task for entry in saved.data.train for task in ShardIndex.load(entry.path, saved.data).tasks}
+    except ShardError:
+        return []
+    return sorted(tasks - trained)
+
+
+def table(tasks: Mapping[str, Any]) -> str:
+    """Tasks beside their trivial baselines, for people."""
+    lines = [f"{'task':<22}{'samples':>8}  {'metric':<10}{'model':>8}  {'95 % interval':<18}{'baseline':>8}   "
+             "baseline is"]
+    for name, entry in tasks.items():
+        metric = entry["metric"]
+        ours, theirs = entry["metrics"].get(metric), entry["baseline"].get(metric)
+        if ours is None:
+            lines.append(f"{name:<22}{entry['samples']:>8}  {metric:<10}{entry['not_computed'][metric]}")
+            continue
+        low, high = entry["intervals"][metric]
+        mark = "better" if (ours < theirs) == (entry["better"] == "lower") and ours != theirs else "NOT better"
+        span = f"{low:.3f} … {high:.3f}"
+        lines.append(f"{name:<22}{entry['samples']:>8}  {metric:<10}{ours:>8.3f}  {span:<18}{theirs:>8.3f}   "
+                     f"{entry['baseline_name']} ({mark}; {entry['better']} is better)")
+    return "\n".join(lines)

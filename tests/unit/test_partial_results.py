@@ -1,0 +1,47 @@
+"""Partial results: what a restart takes over, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from listen_dist.evaluation.predictions import PartialFile, Prediction, clear, take_over
+
+HEADER = {"split": "test", "k": 4, "decoding": {"beams": 1}, "data": ("a", "b")}
+
+
+def prediction(name: str) -> Prediction:
+    return Prediction(name, "asr", "two\u2028lines, ünïcode", ("x",), (3, 1), (0.5, 0.25), ("a", "b"), (-1.0, -2.5))
+
+
+def test_what_all_ranks_left_is_taken_over_once(tmp_path: Path) -> None:
+    folder = tmp_path / "partial.test"
+    assert take_over(folder, HEADER) == {}
+    for rank, names in enumerate([["a", "b"], ["c"]]):
+        file = PartialFile(folder, rank)
+        file.add("set-1", [prediction(name) for name in names])
+        file.add("set-2", [prediction("a")])  # the same id in another set is another sample
+        file.close()
+    with (folder / "rank-1.jsonl").open("a") as broken:
+        broken.write('{"set": "set-1", "id": "d", "ta')
+    for _ in range(2):
+        done = take_over(folder, HEADER)
+        assert {name: sorted(row.id for row in rows) for name, rows in done.items()} == {
+            "set-1": ["a", "b", "c"], "set-2": ["a"]}
+        assert done["set-2"] == [prediction("a")]
+        assert sorted(path.name for path in folder.iterdir()) == ["header.json", "rank-0.jsonl"]
+    clear(folder)
+    assert take_over(folder, {**HEADER, "k": 9}) == {}
+
+
+def test_another_evaluation_is_refused(tmp_path: Path) -> None:
+    take_over(tmp_path, HEADER)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="an interrupted evaluation that differs in decoding, k; finish it with"):
+        take_over(tmp_path, {**HEADER, "k": 5, "decoding": {"beams": 4}})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+    (tmp_path / "rank-0.jsonl").write_text(json.dumps({"set": "s", "id": "a"}) + "\n")
+    with pytest.raises(ValueError, match="not a prediction"):
+        take_over(tmp_path, HEADER)

@@ -1,0 +1,106 @@
+"""Is run B better than run A? A paired test on the same samples.
+
+    python tools/compare_runs.py runs/a runs/b
+    python tools/compare_runs.py runs/a/predictions.dev.jsonl runs/b/predictions.dev.jsonl --json
+
+A and B are folders with predictions.jsonl, or such files. For every metric: both values, the difference
+B − A with its 95 % interval, and p: how often resampling alone makes a difference as large (two-sided, 1,000
+resamples of the same clips for both). Refuses runs over other samples, splits or references.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from listen_dist.evaluation.bootstrap import compare
+from listen_dist.evaluation.predictions import Prediction, read_predictions
+from listen_dist.evaluation.scoring import LOWER, is_count, score_task
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("a", type=Path, help="run folder or predictions file")
+    parser.add_argument("b", type=Path)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(argv)
+    try:
+        found = compare_runs(options.a, options.b)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found, indent=1) if options.json else table(found))
+    return 0
+
+
+def compare_runs(a: Path, b: Path) -> dict[str, dict[str, Any]]:
+    """Task → metric → both values, interval and p.
+
+    Raises:
+        ValueError: the two runs are not over the same samples; the message says how they differ.
+    """
+    check_same_split(a, b)
+    first, second = ({(row.task, row.id): row for row in read_predictions(file_of(path))} for path in (a, b))
+    check_same_samples(a, b, first, second)
+    found: dict[str, dict[str, Any]] = {}
+    for task in dict.fromkeys(task for task, _ in first):
+        rows = [(row, second[key]) for key, row in first.items() if key[0] == task]
+        scores = [score_task(task, side) for side in zip(*rows, strict=True)]
+        found[task] = {name: {"samples": len(rows), "better": "lower" if name in LOWER else "higher",
+                              **asdict(compare(figure, scores[1].figures[name]))}
+                       for name, figure in scores[0].figures.items()
+                       if name in scores[1].figures and not is_count(name)}
+    return found
+
+
+def file_of(path: Path) -> Path:
+    return path / "predictions.jsonl" if path.is_dir() else path
+
+
+def check_same_split(a: Path, b: Path) -> None:
+    """Compare what results.json pins of the data, where it is there."""
+    pinned = []
+    for path in map(file_of, (a, b)):
+        results = path.with_name(path.name.replace("predictions", "results", 1)).with_suffix(".json")
+        tree = json.loads(results.read_text()) if results.is_file() else {}
+        pinned.append((tree.get("split"), sorted(tree.get("data_fingerprints", {}).values())))
+    (split_a, data_a), (split_b, data_b) = pinned
+    if split_a and split_b and split_a != split_b:
+        raise ValueError(f"{a} is of split {split_a!r}, {b} of {split_b!r}; evaluate both on one split")
+    if data_a and data_b and data_a != data_b:
+        raise ValueError(f"{a} and {b} are of sets whose bytes differ (data_fingerprints); evaluate both on the same")
+
+
+def check_same_samples(a: Path, b: Path, first: dict[tuple[str, str], Prediction],
+                       second: dict[tuple[str, str], Prediction]) -> None:
+    for path, other, mine, theirs in ((a, b, first, second), (b, a, second, first)):
+        missing = sorted(mine.keys() - theirs.keys())
+        if missing:
+            task, name = missing[0]
+            raise ValueError(f"{len(missing)} samples of {path} are not in {other}, the first {name!r} ({task}); "
+                             "evaluate both on the same split and limit")
+    for key, row in first.items():
+        if row.answers != second[key].answers:
+            raise ValueError(f"sample {row.id!r}: the references differ between {a} and {b}; evaluate both on the "
+                             "same data")
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    lines = [f"{'task':<22}{'metric':<22}{'A':>9}{'B':>9}{'B − A':>9}  {'95 % interval':<20}{'p':>7}"]
+    for task, metrics in found.items():
+        for name, row in metrics.items():
+            change = row["second"] - row["first"]
+            side = "" if row["p"] >= 0.05 else "B" if (change < 0) == (row["better"] == "lower") else "A"
+            span = f"{row['low']:+.3f} … {row['high']:+.3f}"
+            lines.append(f"{task:<22}{name:<22}{row['first']:>9.3f}{row['second']:>9.3f}{change:>+9.3f}  "
+                         f"{span:<20}{row['p']:>7.3f}" + (f"  {side} is better" if side else ""))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
