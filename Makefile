@@ -23,7 +23,7 @@ setup: $(VENV)/installed  ## the environment in .venv
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch, deepspeed and the rest into $(VENV) (about 6 GB, a few minutes) ..."
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[audio,demo,test]'
 	@touch $@
 
 models: setup  ## the demo LLM and speech encoder

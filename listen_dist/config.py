@@ -32,10 +32,16 @@ class ModelConfig:
     """Folder or Hugging Face name of a causal LLM (Llama, Vicuna, Qwen, Mistral …). Stays frozen."""
     speech_encoder: str = ""
     """Folder or Hugging Face name of a Whisper model of any size. Stays frozen."""
+    audio_encoder: str = ""
+    """A BEATs checkpoint (`.pt` from its authors) whose frames stand beside the speech encoder's, for sounds that
+    are not speech. Stays frozen. Empty: none."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the frozen weights. Pool and projector are always float32."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention of the LLM. On a CPU with short rows `eager` can be faster."""
+    checkpointing: bool = False
+    """Keep only the input of each LLM layer for the backward pass and compute the rest anew: far less memory for
+    activations, about a third more computation (and gathering) a step. The gradients are the same."""
     before_audio: str = ""
     """Text between BOS and the audio. May hold special tokens of the LLM's chat format."""
     after_audio: str = "{instruction}"
