@@ -107,12 +107,12 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def on_main(action: Callable[[], T]) -> T:
-    """Rank 0 alone does `action`; its result, or the exception it raised, comes out on every rank."""
+def on_main(action: Callable[..., T], *words: Any) -> T:
+    """Rank 0 alone does `action(*words)`; its result, or the exception it raised, comes out on every rank."""
     outcome: tuple[Any, Exception | None] = (None, None)
     if is_main():
         try:
-            outcome = (action(), None)
+            outcome = (action(*words), None)
         except Exception as error:  # raised again below, on all ranks
             outcome = (None, error)
     value, raised = broadcast_object(outcome)

@@ -28,6 +28,8 @@ class Tracker(Protocol):
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 
+    def log_file(self, path: Path) -> None: ...
+
     def close(self, outcome: Outcome) -> None: ...
 
 
@@ -60,6 +62,9 @@ class JsonlTracker:
                 logger.warning("%s: %s; the lines are kept until there is room", self._path, error)
             self._refused = True
 
+    def log_file(self, path: Path) -> None:
+        """Nothing to do: it lies in the run folder."""
+
     def close(self, outcome: Outcome) -> None:
         self._file.close()
 
@@ -85,6 +90,9 @@ class MlflowTracker:
     def log(self, metrics: dict[str, float], step: int) -> None:
         now = int(time.time() * 1000)
         self._put(lambda client, run: client.log_batch(run, metrics=_metrics(metrics, now, step)))
+
+    def log_file(self, path: Path) -> None:
+        self._put(lambda client, run: client.log_artifact(run, str(path), artifact_path=path.parent.name))
 
     def close(self, outcome: Outcome, seconds: float = 20.0) -> None:
         """Send what is left, for at most so many seconds."""
@@ -113,7 +121,7 @@ class MlflowTracker:
                     from mlflow.tracking import MlflowClient  # takes seconds to import
 
                     client = MlflowClient(tracking_uri=uri)
-                run = run or _find_or_create_run(client, experiment, run_name, params, id_file)
+                run = run or _find_or_create_run(client, experiment, run_name, params, id_file, uri)
                 call = call or self._queue.get()
                 if call is None:
                     return
@@ -132,7 +140,8 @@ class MlflowTracker:
                 self._closing.wait(RETRY)
 
 
-def _find_or_create_run(client: Any, experiment: str, run_name: str, params: dict[str, str], id_file: Path) -> str:
+def _find_or_create_run(client: Any, experiment: str, run_name: str, params: dict[str, str], id_file: Path, uri: str,
+                        ) -> str:
     from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
 
@@ -144,7 +153,9 @@ def _find_or_create_run(client: Any, experiment: str, run_name: str, params: dic
         except MlflowException:
             logger.warning("%s names an MLflow run that the store does not have; starting a new one", id_file)
     found = client.get_experiment_by_name(experiment)
-    experiment_id = found.experiment_id if found else client.create_experiment(experiment)
+    # Beside the store; MLflow's own default is a folder wherever the program happens to be started.
+    files = (id_file.resolve().parent.parent / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+    experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifact_location=files)
     run_id = client.create_run(experiment_id, run_name=run_name).info.run_id
     client.log_batch(run_id, params=[Param(key, value[:500]) for key, value in params.items()])
     id_file.write_text(run_id)
@@ -167,6 +178,10 @@ class Trackers:
         for tracker in self._trackers:
             tracker.log(metrics, step)
 
+    def log_file(self, path: Path) -> None:
+        for tracker in self._trackers:
+            tracker.log_file(path)
+
     def close(self, outcome: Outcome) -> None:
         for tracker in self._trackers:
             tracker.close(outcome)
@@ -185,3 +200,13 @@ def build_trackers(config: Config, params: dict[str, str]) -> Trackers:
         trackers.append(MlflowTracker(default_uri(config), config.tracking.experiment, run_dir.name, params,
                                       run_dir / "mlflow_run_id"))
     return Trackers(trackers)
+
+
+def log_files(config: Config, run_dir: Path, paths: Sequence[Path]) -> None:
+    """Add files to the MLflow run of a run folder, where `tracking.mlflow` is on; for programs after training."""
+    if config.tracking.mlflow:
+        tracker = MlflowTracker(default_uri(config), config.tracking.experiment, run_dir.name, {},
+                                run_dir / "mlflow_run_id")
+        for path in paths:
+            tracker.log_file(path)
+        tracker.close("FINISHED", seconds=60.0)

@@ -31,7 +31,7 @@ from listen_dist.data.loader import find_filler, training_steps
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint
-from listen_dist.engine.assembly import Parts, assemble
+from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
 from listen_dist.engine.checkpoint import CheckpointError, TrainState
 from listen_dist.engine.health import report_links
 from listen_dist.engine.meter import Meter
@@ -73,10 +73,6 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.run_dir)
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,7 +108,8 @@ def claim_folder(config: Config) -> RunLock:
 def set_up(config: Config, device: torch.device, stop: StopRequest) -> Run:
     if not config.data.train:
         raise ConfigError("data.train: no set to train on; name a folder of shards")
-    found = dist.on_main(lambda: find_resume(config))
+    config = with_pool_tasks(config)
+    found = dist.on_main(find_resume, config)
     parts = assemble(config, device)
     replicated = ReplicatedTrainables(parts.model.trainable)
     optimizer = build_optimizer(parts.model.trainable, config.train)
@@ -148,7 +145,7 @@ def clips_of_any_rank(parts: Parts) -> Iterator[Batch]:
     data = parts.config.data
     reader = parts.reader(data.train, with_targets=True)
     steps = training_steps(
-        reader, parts.mixture(reader), parts.token_cost(0), replace(data, workers=0), parts.config.train.seed,
+        reader, parts.mixture(reader), parts.training_cost(), replace(data, workers=0), parts.config.train.seed,
         per_step=1, rank=0, world_size=1, start=LoaderState())
     return (batch for batches, _ in steps for batch in batches)
 
@@ -157,16 +154,17 @@ def summarize(run: Run) -> None:
     """Say what learns, what lies on each rank, and what memory is planned."""
     model, config = run.parts.model, run.config
     size = llm_size(config.model.llm)
-    pool, projector = count(model.pool), count(model.projector)
+    pool, projector, learned = count(model.pool), count(model.projector), count(model.trainable)
     frozen_projector = " (frozen)" if config.projector.freeze else ""
     held = dist.gather_objects(run.parts.sharding.bytes_held())
-    logger.info("learned parameters: pool %s (%.3f %% of the LLM), projector %s%s", f"{pool:,}",
-                100 * pool / size.parameters, f"{projector:,}", frozen_projector)
+    adapters = f", LoRA {learned - pool - projector:,}" if config.lora.rank else ""
+    logger.info("learned parameters: pool %s (%.3f %% of the LLM), projector %s%s%s", f"{pool:,}",
+                100 * pool / size.parameters, f"{projector:,}", frozen_projector, adapters)
     logger.info("frozen parameters: LLM %s, speech encoder %s", f"{size.parameters:,}", f"{count(model.encoder):,}")
     for rank, size_held in enumerate(held):
         logger.info("rank %d of %d holds %.1f MiB of the LLM (parallel.llm = %s), all of the rest, on %s",
                     rank, len(held), size_held / 2**20, config.parallel.llm, model.device)
-    plan = plan_memory(config, size, dist.world_size(), count(model.encoder), pool + projector)
+    plan = plan_memory(config, size, dist.world_size(), count(model.encoder), learned)
     for line in plan.lines():
         logger.info(line)
 
@@ -179,12 +177,12 @@ def train(run: Run) -> None:
     for line in mixture.describe():
         logger.info(line)
     per_step = config.train.batches_per_step or dist.world_size()
-    steps = training_steps(reader, mixture, run.parts.token_cost(config.pool.k_max), config.data, config.train.seed,
+    steps = training_steps(reader, mixture, run.parts.training_cost(), config.data, config.train.seed,
                            per_step, dist.rank(), dist.world_size(), run.state.loader,
                            pin_memory=model.device.type == "cuda")
     meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples, run.state.meter)
     filler = find_filler(reader)
-    history, evaluate_every = DevHistory(run.checkpoints, run.state.step), config.train.eval_every
+    history, evaluate_every = DevHistory(run.folder / "checkpoints", run.state.step), config.train.eval_every
     model.train()
     run.stop.can_wait = True
     stopping = False
@@ -217,6 +215,16 @@ def train(run: Run) -> None:
     logger.info("gone through: %s", ", ".join(f"{label} {times:.2f} times" for label, times in passes.items()))
 
 
+def evaluate(run: Run, history: DevHistory) -> bool:
+    """Score the dev sets; whether this step is the best so far in anything."""
+    scores, step = evaluate_dev(run.parts), run.state.step
+    is_best, warnings = history.add(step, scores)
+    run.trackers.log({f"dev/{task}/{score.metric}": score.value for task, score in scores.items()}, step)
+    logger.info("step %d: dev %s%s", step, ", ".join(f"{task} {score.metric} {score.value:.3f}"
+                                                     for task, score in scores.items()), " (a best)" * is_best)
+    for warning in warnings if dist.is_main() else ():
+        logger.warning("step %d: %s", step, warning)
+    return is_best
 def note_outcome(run: Run, result: StepResult) -> None:
     """Name the clips of a step that was left out; too many such steps in a row end the run."""
     state, limit = run.state, run.config.train.max_skipped_in_a_row
@@ -234,18 +242,6 @@ def note_outcome(run: Run, result: StepResult) -> None:
             f"(train.max_skipped_in_a_row); their clips are named in {run.folder}/nonfinite-rank*.jsonl. "
             "If a few clips recur there, remove them; otherwise lower train.learning_rate, or set "
             "model.dtype=float32. The last checkpoint is from before")
-
-
-def evaluate(run: Run, history: DevHistory) -> bool:
-    """Score the dev sets; whether this step is the best so far in anything."""
-    scores, step = evaluate_dev(run.parts), run.state.step
-    is_best, warnings = history.add(step, scores)
-    run.trackers.log({f"dev/{task}/{score.metric}": score.value for task, score in scores.items()}, step)
-    logger.info("step %d: dev %s%s", step, ", ".join(f"{task} {score.metric} {score.value:.3f}"
-                                                     for task, score in scores.items()), " (a best)" * is_best)
-    for warning in warnings if dist.is_main() else ():
-        logger.warning("step %d: %s", step, warning)
-    return is_best
 
 
 def report(run: Run, meter: Meter, mixture: Mixture, rate: float, grad_norm: float) -> None:

@@ -6,7 +6,7 @@
         config.yaml              the resolved configuration
         state.json               step, loader cursor, sums since the last report, sha256 of the files above
     latest                       the name of the newest complete folder; moved last
-    best.json                    which steps scored best (see evaluation/dev.py); theirs are never dropped
+    best.json                    dev scores (see evaluation/dev.py); the steps it names as best are never dropped
 
 No frozen weight is in it, and nothing in it can run code. engine/saver.py writes them from a thread.
 """
@@ -106,7 +106,7 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
             _write_synced(beside / file, content)
         _sync(beside)
         target = _move_into_place(beside, folder / name)
-        point(folder, "latest", name)
+        point(folder, name)
     except OSError:
         shutil.rmtree(beside, ignore_errors=True)  # half a checkpoint would fill the disk further
         raise
@@ -114,11 +114,11 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
     return target
 
 
-def point(folder: Path, pointer: str, name: str) -> None:
-    """Let a pointer (`latest`) name another checkpoint of the folder."""
-    beside = folder / f".{pointer}.tmp"
+def point(folder: Path, name: str) -> None:
+    """Let `latest` name another checkpoint of the folder."""
+    beside = folder / ".latest.tmp"
     _write_synced(beside, f"{name}\n".encode())
-    beside.rename(folder / pointer)
+    beside.rename(folder / "latest")
     _sync(folder)
 
 
@@ -140,15 +140,15 @@ def _drop_old(folder: Path, step: int, keep: int) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _named_by(pointer: Path) -> str:
+def _latest(folder: Path) -> str:
     try:
-        return pointer.read_text().strip()
+        return (folder / "latest").read_text().strip()
     except (OSError, ValueError):
         return ""
 
 
 def _best_steps(folder: Path) -> set[int]:
-    """Steps that best.json names (see evaluation/dev.py), whose checkpoints are kept."""
+    """Steps that best.json names, whose checkpoints are kept."""
     file = folder / "best.json"
     try:
         best = json.loads(file.read_text())["best"] if file.is_file() else {}
@@ -173,7 +173,7 @@ def newest(folder: Path) -> Path | None:
     Raises:
         CheckpointError: there are some, and all are damaged.
     """
-    there, name = complete(folder), _named_by(folder / "latest")
+    there, name = complete(folder), _latest(folder)
     named = folder / name
     if named in there:
         there = there[: there.index(named) + 1]

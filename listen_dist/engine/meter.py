@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from listen_dist import dist
@@ -44,7 +44,7 @@ class Meter:
     def _clear(self) -> None:
         self._sums = dict.fromkeys(_FIELDS, torch.zeros((), dtype=torch.float64, device=self._device))
         self._task_sums = torch.zeros(len(self._tasks), 2, dtype=torch.float64, device=self._device)
-        self._usage = torch.zeros(self._prompts, dtype=torch.float64, device=self._device)
+        self._usage = torch.zeros(len(self._tasks), self._prompts, dtype=torch.float64, device=self._device)
         self._waiting = 0.0
         self._step_tokens: list[int] = []
         self._start = time.perf_counter()
@@ -67,7 +67,7 @@ class Meter:
         sums, tasks, usage, _ = self._joined()
         for field in ("elapsed", "waiting"):
             sums[field] /= dist.world_size()
-        return {"sums": sums, "tasks": tasks, "usage": usage}
+        return {"sums": sums, "tasks": tasks, "usage": usage.tolist()}
 
     def waited(self, seconds: float) -> None:
         """The loader let the step wait for so long."""
@@ -91,14 +91,15 @@ class Meter:
             count("input_tokens", out.input_tokens)
             count("padded_tokens", out.padded_tokens)
             count("seconds", sum(batch.seconds))
-            chosen = out.prompt_indices.flatten()
-            self._usage += torch.bincount(chosen[chosen >= 0], minlength=self._prompts)
             place = torch.tensor([self._tasks.index(task) for task in batch.tasks], device=self._device)
+            cells = (place[:, None] * self._prompts + out.prompt_indices)[out.prompt_indices >= 0]
+            self._usage += torch.bincount(cells, minlength=self._usage.numel()).view_as(self._usage)
             sizes = torch.tensor([len(ids) for ids in batch.target_ids], device=self._device)
             self._task_sums.index_add_(0, place, torch.stack([out.row_loss, sizes], dim=1).double())
 
-    def _joined(self) -> tuple[dict[str, float], dict[str, list[float]], list[float], float]:
-        """Over all ranks: the sums; loss and tokens of each task that was there; how often each prompt was used;
+    def _joined(self) -> tuple[dict[str, float], dict[str, list[float]], np.ndarray, float]:
+        """Over all ranks: the sums; loss and tokens of each task that was there; how often each task
+        used each prompt [tasks, N];
         how unevenly the steps of this process were spread."""
         now = time.perf_counter()
         self._sums["waiting"] = self._sums["waiting"] + self._waiting
@@ -107,12 +108,13 @@ class Meter:
         # A row a rank; the others' rows are zero here and come by the sum.
         step_tokens = torch.zeros(dist.world_size(), len(self._step_tokens), dtype=torch.float64, device=self._device)
         step_tokens[dist.rank()] = torch.tensor(self._step_tokens)
-        flat = torch.cat([torch.stack(list(self._sums.values())), self._task_sums.flatten(), self._usage,
+        flat = torch.cat([torch.stack(list(self._sums.values())), self._task_sums.flatten(), self._usage.flatten(),
                           step_tokens.flatten()])
-        found = dist.sum_(flat).split([len(_FIELDS), 2 * len(self._tasks), self._prompts, step_tokens.numel()])
+        found = dist.sum_(flat).split([len(_FIELDS), 2 * len(self._tasks), self._usage.numel(), step_tokens.numel()])
         sums = dict(zip(_FIELDS, found[0].tolist(), strict=True))
         tasks = {task: pair for task, pair in zip(self._tasks, found[1].view(-1, 2).tolist(), strict=True) if pair[1]}
-        return sums, tasks, found[2].tolist(), imbalance(found[3].view(dist.world_size(), -1))
+        usage = found[2].view_as(self._usage).cpu().numpy()
+        return sums, tasks, usage, imbalance(found[3].view(dist.world_size(), -1))
 
     def report(self) -> dict[str, float]:
         """Join the sums of all ranks, clear them, and turn them into metrics. Every rank must call it."""
@@ -132,18 +134,23 @@ class Meter:
             "padding_share": 1 - sums["input_tokens"] / max(1.0, sums["padded_tokens"]),
             "token_imbalance": unevenness,
             "waiting_share": sums["waiting"] / max(1e-9, sums["elapsed"]),
-            "effective_prompts": effective_number(usage),
+            "effective_prompts": effective_number(usage.sum(0)),
+            "unused_prompts": float((usage.sum(0) == 0).mean()),
             "skipped_samples": float(self.skipped),
             "elapsed_seconds": self.elapsed,
             "skipped_steps": sums["steps_left_out"],
         }
-        return metrics | {f"loss_{task}": loss / tokens for task, (loss, tokens) in tasks.items()}
+        for task, (loss, tokens) in tasks.items():
+            metrics[f"loss_{task}"] = loss / tokens
+            metrics[f"effective_prompts_{task}"] = effective_number(usage[self._tasks.index(task)])
+        return metrics
 
 
-def effective_number(usage: list[float]) -> float:
-    """exp(entropy) of a usage histogram: how many prompts are in use, 1 … N."""
-    total = sum(usage)
-    return math.exp(-sum(u / total * math.log(u / total) for u in usage if u)) if total else 0.0
+def effective_number(usage: np.ndarray | Sequence[float]) -> float:
+    """exp(entropy) of a usage histogram [N]: how many prompts are in use, 1 … N; 0 where none is."""
+    counts = np.asarray(usage, dtype=float)
+    share = counts[counts > 0] / max(1e-300, counts.sum())
+    return float(np.exp(-(share * np.log(share)).sum())) if len(share) else 0.0
 
 
 def imbalance(tokens: torch.Tensor) -> float:

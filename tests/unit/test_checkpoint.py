@@ -149,7 +149,7 @@ def test_a_pointer_to_nothing_is_said(config: Config, tmp_path: Path, caplog: py
         (tmp_path / "latest").write_text(name, encoding="latin-1")
         caplog.clear()
         assert checkpoint.newest(tmp_path) == path
-    checkpoint.point(tmp_path, "latest", "step-000005")  # as a user who goes back
+    checkpoint.point(tmp_path, "step-000005")  # as a user who goes back
     assert checkpoint.newest(tmp_path) == tmp_path / "step-000005"
     (tmp_path / "latest").unlink()  # killed before the first one was named
     assert checkpoint.newest(tmp_path) == path
@@ -161,7 +161,7 @@ def test_the_best_one_is_never_dropped(config: Config, tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         save(tmp_path, config, TrainState(step), *trained())
         if step == 2:
-            (tmp_path / "best.json").write_text('{"best": {"asr": {"step": 2}}}')
+            (tmp_path / "best.json").write_text(json.dumps({"best": {"asr": {"step": 2}}}))
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-000002", "step-000006", "step-000008"]
 
 
