@@ -74,10 +74,6 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.run_dir)
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
