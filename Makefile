@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 SETS := asr asr_synthetic language_id speaker_verification speech_qa caption
-.PHONY: help setup models recordings shards train evaluate quickstart demo test ledger lint clean
+.PHONY: help setup models recordings shards train evaluate quickstart demo comparison report test faults ledger lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,7 @@ train: shards  ## train configs/quickstart.yaml (goes on where it stopped)
 
 evaluate: train  ## decode and score the held-out clips
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/quickstart.yaml
+	$(BIN)/python -m listen_dist.evaluation.report --run runs/quickstart
 
 quickstart: evaluate  ## all of it, from nothing to a table of results
 	@echo
@@ -54,8 +55,20 @@ demo: shards  ## train configs/demo_full.yaml, the same for longer, and score it
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/demo_full.yaml
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/demo_full.yaml
 
+STEPS ?= 400
+SEEDS ?= 0
+comparison: shards  ## the pool, its rivals and ablations on the demo data, in one table (STEPS=400 SEEDS="0 1 2")
+	$(BIN)/python tools/run_comparison.py configs/rivals/*.yaml configs/ablations/*.yaml --ranks $(RANKS) \
+	  --seeds $(SEEDS) --top-k 1 2 8 train.max_steps=$(STEPS)
+
+report:  ## open the pool of runs/quickstart (or RUN=…): report/report.html in the run folder
+	$(BIN)/python -m listen_dist.evaluation.report --run $(or $(RUN),runs/quickstart)
+
 test: models recordings lint  ## lint, types, layers and all tests
 	$(BIN)/python -m pytest tests -q
+
+faults: setup  ## kill a small run at 20 random moments and compare it with an unbroken one
+	$(BIN)/python -m tests.distributed.fault_campaign
 
 ledger: setup  ## 20 kills over changing ranks and workers: every sample counts exactly once (minutes)
 	LEDGER_KILLS=20 $(BIN)/python -m pytest -q -s tests/distributed/test_ledger.py

@@ -73,8 +73,16 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class PoolConfig:
+    selection: Literal["similarity", "attention", "task_static", "fixed", "none"] = "similarity"
+    """What stands in front of the input: `similarity`, the best k prompts for each clip (LiSTEN); `attention`, all,
+    each times its weight; `task_static`, the part that the clip's task owns and a shared part; `fixed`, all,
+    for every clip alike; `none`, nothing (see models/rivals.py)."""
     prompts: int = 50
-    """N: prompts in the pool, one key and one value vector each."""
+    """N: prompts in the pool, one value vector each (and one key, where clips choose by keys)."""
+    shared_share: float = 0.5
+    """`task_static`: share of the pool that all tasks have in common (what cannot be divided evenly comes on top)."""
+    tasks: list[str] = field(default_factory=list)
+    """`task_static`: the tasks that own a part; default: those of `data.train`."""
     top_k: int | None = None
     """Prompts picked at inference; default ⌊0.4 N⌋."""
     train_k_max: int | None = None
@@ -95,6 +103,27 @@ class PoolConfig:
     def k_max(self) -> int:
         """Largest k in training."""
         return self.train_k_max if self.train_k_max is not None else self.k
+
+    def task_parts(self) -> tuple[int, int]:
+        """`task_static`: prompts that each task owns, and prompts that all share.
+
+        Raises:
+            ConfigError: the pool is too small for so many tasks.
+        """
+        own = round((1 - self.shared_share) * self.prompts) // len(self.tasks)
+        _require(own >= 1, "pool.prompts", self.prompts, f"must be larger, or pool.shared_share = {self.shared_share} "
+                 f"smaller, for each of {len(self.tasks)} tasks to own a prompt")
+        return own, self.prompts - own * len(self.tasks)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 0
+    """Rank of the adapters put into the frozen LLM; 0: none."""
+    alpha: int = 32
+    """An adapter's output counts alpha / rank times."""
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Names of the linear layers that get one, as the LLM calls them."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +185,9 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     batch_tokens: int = 2048
     """Budget of LLM input tokens (padding included) of one micro-batch on one rank."""
+    batch_prompts: int | None = None
+    """Prompt tokens that each training clip is counted with in that budget; default: as many as it may get.
+    Runs with the same number see the same batches, however long their prompts are."""
     window: int = 2048
     """Samples among which neighbours in length are put in one batch. The larger, the less padding."""
     max_target_tokens: int = 256
@@ -194,7 +226,9 @@ class TrainConfig:
     warmup_steps: int = 3000
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = 0.05
-    """On matrices of the projector; never on norms, biases or the pool."""
+    """On matrices of the projector; never on norms, biases or LoRA."""
+    decay_pool: bool = False
+    """Weight decay on the pool's keys and values too."""
     beta1: float = 0.9
     beta2: float = 0.999
     clip_norm: float = 1.0
@@ -211,6 +245,8 @@ class TrainConfig:
     """Samples of each dev set in them; 0: all."""
     checksum_every: int = 100
     """Steps between two proofs that all ranks hold the same trainables."""
+    max_skipped_in_a_row: int = 10
+    """Stop after so many steps in a row with a non-finite loss or gradient (each is left out on all ranks)."""
     resume: Literal["auto", "never"] = "auto"
     """`auto`: go on from the newest checkpoint in `run_dir`, if there is one."""
 
@@ -229,6 +265,17 @@ class ParallelConfig:
     """Gathered LLM parameters held at once (DeepSpeed), beside the layer at work."""
     timeout_minutes: float = 30.0
     """A collective that takes longer ends the run."""
+    stuck_minutes: float = 0
+    """Without progress for so long, every rank writes its Python stacks and the log names the rank that holds the
+    others up; 0: a third of `timeout_minutes`. Give it more than a step or
+    an evaluation of data.dev takes."""
+    health_check: bool = False
+    """Measure the bandwidth between every two nodes at the start, to find the slow host."""
+
+    @property
+    def stuck_seconds(self) -> float:
+        """Seconds without progress until the watchdog speaks."""
+        return 60 * (self.stuck_minutes or self.timeout_minutes / 3)
 
 
 @dataclass(frozen=True)
@@ -267,6 +314,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -277,31 +325,28 @@ class Config:
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file, apply `key=value` overrides, check, and return a frozen Config.
 
+    A file may begin with `base: FILE` (seen from its own folder) and then hold only what differs;
+    lists are replaced as a whole.
+
     Raises:
         ConfigError: file missing or not YAML, unknown key, wrong type, contradiction.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such config file (configs/ holds examples)")
+    files = _with_bases(path)
     overrides = list(overrides)
     for word in overrides:
         if "=" not in word:
             raise ConfigError(f"{word!r}: an override has the form key=value, e.g. train.max_steps=50")
     try:
-        from_file = OmegaConf.load(path)
         words = [(word.split("=", 1)[0], OmegaConf.from_dotlist(["value=" + word.split("=", 1)[1]])["value"])
                  for word in overrides]
     except Exception as error:  # PyYAML and OmegaConf raise many types for malformed text
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
-    tree = OmegaConf.to_container(from_file)
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines at the top level")
-    _refuse_unknown_keys(tree, Config, str(path), prefix="")
+        raise ConfigError(f"command line: not readable as YAML: {error}") from error
     for key, value in words:
         _refuse_unknown_word(key, value)
     source, key = str(path), ""
     try:
-        merged = OmegaConf.unsafe_merge(_writable(OmegaConf.structured(Config)), from_file)
+        merged = OmegaConf.unsafe_merge(_writable(OmegaConf.structured(Config)), *files)
         _writable(merged)
         source = "command line"
         for key, value in words:
@@ -313,6 +358,26 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[Any]:
+    """A YAML file's tree behind those of the files it is based on, the last base first; keys checked."""
+    if not path.is_file():
+        named = f" (the base of {above[-1]})" if above else " (configs/ holds examples)"
+        raise ConfigError(f"{path}: no such config file{named}")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # PyYAML and OmegaConf raise many types for malformed text
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines at the top level")
+    base = tree.pop("base", None)
+    _refuse_unknown_keys(tree, Config, str(path), prefix="")
+    if base is None:
+        return [OmegaConf.create(tree)]
+    if path.resolve() in [file.resolve() for file in above]:
+        raise ConfigError(f"{path}: base: it is based on itself")
+    return [*_with_bases(path.parent / str(base), (*above, path)), OmegaConf.create(tree)]
 
 
 def to_yaml(config: Config) -> str:
@@ -394,10 +459,11 @@ def _differences(a: Any, b: Any, prefix: str) -> list[str]:
 
 
 AT_LEAST = {
-    "pool.prompts": 1, "projector.window": 0.02, "projector.hidden": 1, "projector.layers": 1, "projector.heads": 1,
+    "lora.rank": 0, "pool.prompts": 1, "projector.window": 0.02, "projector.hidden": 1, "projector.layers": 1,
+    "projector.heads": 1,
     "train.max_steps": 1, "train.log_every": 1, "train.save_every": 1, "train.keep": 1, "train.checksum_every": 1,
     "train.eval_every": 0, "train.eval_limit": 0, "train.batches_per_step": 0, "train.max_minutes": 0,
-    "train.warmup_steps": 0, "train.weight_decay": 0,
+    "train.warmup_steps": 0, "train.weight_decay": 0, "train.max_skipped_in_a_row": 1,
     "train.clip_norm": 0, "train.min_learning_rate": 0, "data.batch_tokens": 32, "data.window": 1, "data.workers": 0,
     "data.max_target_tokens": 2, "data.max_bad_fraction": 0, "data.retries": 0,
     "parallel.max_live_parameters": 0, "parallel.node_size": 0,
@@ -424,6 +490,14 @@ def check(config: Config) -> None:
     _require(1 <= pool.k <= pool.prompts, "pool.top_k", pool.k, f"must be 1 … pool.prompts = {pool.prompts}")
     _require(1 <= pool.k_max <= pool.prompts, "pool.train_k_max", pool.k_max,
              f"must be 1 … pool.prompts = {pool.prompts}")
+    _require(0 <= pool.shared_share < 1, "pool.shared_share", pool.shared_share, "must be within 0 … 1, 1 excluded")
+    if pool.selection == "task_static" and pool.tasks:
+        pool.task_parts()
+    _require(data.batch_prompts is None or data.batch_prompts >= 0, "data.batch_prompts", data.batch_prompts,
+             "must be at least 0")
+    _require(bool(config.lora.targets), "lora.targets", config.lora.targets, "must name a layer, e.g. [q_proj, v_proj]")
+    _require(not (projector.freeze and pool.selection == "none" and not config.lora.rank), "projector.freeze", True,
+             "with pool.selection = 'none' and no LoRA leaves nothing to learn")
     _require(projector.kind == "mlp" or projector.hidden % projector.heads == 0, "projector.hidden",
              projector.hidden, f"must be a multiple of projector.heads = {projector.heads}")
     _require(not projector.freeze or projector.init_from is not None, "projector.freeze", True,
@@ -461,8 +535,10 @@ def check(config: Config) -> None:
              "must be positive (1: none)")
     _require(data.cache_gib > 0, "data.cache_gib", data.cache_gib, "must be positive")
     _require(data.timeout_seconds > 0, "data.timeout_seconds", data.timeout_seconds, "must be positive")
-    _require(config.parallel.timeout_minutes > 0, "parallel.timeout_minutes", config.parallel.timeout_minutes,
-             "must be positive")
+    parallel = config.parallel
+    _require(parallel.timeout_minutes > 0, "parallel.timeout_minutes", parallel.timeout_minutes, "must be positive")
+    _require(0 <= parallel.stuck_minutes < parallel.timeout_minutes, "parallel.stuck_minutes", parallel.stuck_minutes,
+             f"must be below parallel.timeout_minutes = {parallel.timeout_minutes}, 0 or more")
 
 
 def _check_augment(data: DataConfig) -> None:

@@ -6,11 +6,14 @@ import hashlib
 import os
 import random
 import socket
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def setup(device: str, timeout_minutes: float) -> torch.device:
@@ -102,6 +105,25 @@ def broadcast_object(value: Any) -> Any:
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(action: Callable[..., T], *words: Any) -> T:
+    """Rank 0 alone does `action(*words)`; its result, or the exception it raised, comes out on every rank."""
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if is_main():
+        try:
+            outcome = (action(*words), None)
+        except Exception as error:  # raised again below, on all ranks
+            outcome = (None, error)
+    value, raised = broadcast_object(outcome)
+    if raised is not None:
+        raise raised
+    return value
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an exception is a collective's: it timed out, or another rank is gone."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "TCPStore"))
 
 
 def gather_objects(value: Any) -> list[Any]:

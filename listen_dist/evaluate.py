@@ -18,15 +18,15 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 import argparse
 import json
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from listen_dist import config as configuration
 from listen_dist import dist, logs
 from listen_dist.config import Config, ConfigError, SetConfig
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint
-from listen_dist.engine.assembly import assemble
+from listen_dist.engine.assembly import assemble, with_pool_tasks
 from listen_dist.engine.checkpoint import CheckpointError
 from listen_dist.evaluation import predictions as files
 from listen_dist.evaluation.decoding import Decoder
@@ -37,7 +37,6 @@ from listen_dist.evaluation.scoring import check_references, entry_for
 from listen_dist.structures import SkippedSample
 
 logger = logging.getLogger("listen_dist.evaluate")
-T = TypeVar("T")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
@@ -62,7 +61,7 @@ def sets_of(config: Config, split: str) -> list[SetConfig]:
 def decode_split(decoder: Decoder, sets: Sequence[SetConfig], header: dict[str, Any], partial: Path,
                  ) -> tuple[list[Prediction], list[SkippedSample]]:
     """Every sample of the sets once, an interrupted evaluation's results taken over."""
-    done = on_main(files.take_over, partial, header)
+    done = dist.on_main(files.take_over, partial, header)
     finished = sum(map(len, done.values()))
     if finished:
         logger.info("going on from %s: %d samples are decoded already", partial, finished)
@@ -76,20 +75,6 @@ def decode_split(decoder: Decoder, sets: Sequence[SetConfig], header: dict[str, 
         skipped += unread
     file.close()
     return predictions, skipped
-
-
-def on_main(work: Callable[..., T], *words: Any) -> T:
-    """Do something on the main rank alone; its result, or its error, on every rank."""
-    found: tuple[T | None, str] = None, ""
-    if dist.is_main():
-        try:
-            found = work(*words), ""
-        except (ValueError, OSError) as error:
-            found = None, str(error)
-    result, reason = dist.broadcast_object(found)
-    if reason:
-        raise ValueError(reason)
-    return result  # type: ignore[no-any-return]
 
 
 def score_and_write(folder: Path, suffix: str, facts: dict[str, Any], saved: Config,
@@ -120,6 +105,7 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
     logs.setup()
     path = checkpoint.resolve(Path(arguments.checkpoint or config.run_dir))
     state = checkpoint.read_state(path)
+    config = with_pool_tasks(config)
     splits = {split: sets_of(config, split) for split in config.eval.splits}
     saved = check_same_model(path, config)
     parts = assemble(config, device)
@@ -133,13 +119,14 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
             fingerprints = {entry.path: index.fingerprint for entry, index in zip(sets, indexes, strict=True)}
             if len(set(fingerprints.values())) < len(sets):
                 raise ConfigError(f"data.{split}: names a set twice, whose samples would count twice; name it once")
-            origin = provenance(config, path, split, fingerprints)
+            origin = provenance(config, path, split, fingerprints) | {
+                "k": parts.model.pool.prompt_tokens(config.pool.k)}
             partial = out / f"partial.{split}"
             predictions, skipped = decode_split(decoder, sets, origin, partial)
             suffix = "" if len(splits) == 1 else f".{split}"
             facts = {"step": state.step, **origin, "ranks": dist.world_size(), "llm": "whole" if whole else "sharded"}
-            on_main(score_and_write, out, suffix, facts, saved, predictions, skipped)
-            on_main(files.clear, partial)
+            dist.on_main(score_and_write, out, suffix, facts, saved, predictions, skipped)
+            dist.on_main(files.clear, partial)
     return 0
 
 

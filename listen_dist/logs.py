@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,11 +27,14 @@ def setup(log_file: Path | None = None) -> None:
     logger = logging.getLogger("listen_dist")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logger.handlers.clear()
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file is not None and dist.is_main():
         log_file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_file))
+    logging.raiseExceptions = False  # a full disk costs log lines; it must not fill stderr with tracebacks
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s [rank %(rank)s] %(message)s", "%H:%M:%S"))
         handler.addFilter(_RankFilter())
@@ -39,6 +42,15 @@ def setup(log_file: Path | None = None) -> None:
     # These libraries announce every adjustment at warning level; theirs and ours would mix.
     for noisy in ("DeepSpeed", "deepspeed", "transformers", "torchao"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def append_lines(file: Path, lines: Sequence[str]) -> None:
+    """Add lines to a file; a full disk costs the lines, not the run."""
+    try:
+        with file.open("a") as out:
+            out.write("\n".join(lines) + "\n")
+    except OSError as error:
+        logging.getLogger(__name__).warning("%d lines could not be added to %s: %s", len(lines), file, error)
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

@@ -123,9 +123,6 @@ def usual_shape(config: Config) -> Shape:
     return Shape(tokens, round(TARGET_SHARE * tokens), min(tokens, 256), seconds)
 
 
-# --- memory ---------------------------------------------------------------------------------------
-
-
 def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, layout: str, shape: Shape | None = None) -> MemoryPlan:
     """One rank's memory with the LLM laid out as `layout` ("full", "node" or "replicated").
 
@@ -211,9 +208,6 @@ def room_for_whole(config: Config, size: LLMSize) -> int:
     return size.parameters * item + cache + logits
 
 
-# --- traffic and time -----------------------------------------------------------------------------
-
-
 def plan_step(config: Config, sizes: Sizes, cluster: Cluster, layout: str, shape: Shape | None = None) -> StepPlan:
     """Traffic and time of an optimizer step.
 
@@ -240,9 +234,6 @@ def plan_step(config: Config, sizes: Sizes, cluster: Cluster, layout: str, shape
         + 2 * (sizes.speech_parameters + sizes.audio_parameters) * frames + 6 * sizes.projector * frames)
     return StepPlan(gathers, in_rank, in_node, flops / (cluster.tflops * 1e12),
                     max(in_rank / (cluster.node_link * 1e9), in_node / (cluster.network * 1e9)))
-
-
-# --- what to change -------------------------------------------------------------------------------
 
 
 def cures(config: Config, sizes: Sizes, cluster: Cluster, layout: str, limit: float) -> tuple[list[str], int]:
@@ -279,9 +270,6 @@ def _changes(config: Config, sizes: Sizes, cluster: Cluster, layout: str) -> Ite
     tokens = data.batch_tokens // 2
     if tokens >= 512:
         yield "data.batch_tokens", str(tokens), replace(config, data=replace(data, batch_tokens=tokens)), layout
-
-
-# --- the command ----------------------------------------------------------------------------------
 
 
 def report(config: Config, sizes: Sizes, cluster: Cluster, limit: float) -> dict[str, Any]:

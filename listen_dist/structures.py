@@ -145,7 +145,7 @@ class ModelOutput:
     padded_tokens: int
     """The same with padding."""
     prompt_indices: torch.Tensor
-    """int64 [B, k], best first."""
+    """int64 [B, k], best first where clips choose (`similarity`), else in the pool's order."""
     prompt_scores: torch.Tensor
     """float32 [B, k], softmax over the pool at the selected prompts."""
     row_loss: torch.Tensor

@@ -16,8 +16,10 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 import argparse
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -29,13 +31,18 @@ from listen_dist.data.loader import find_filler, training_steps
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint
-from listen_dist.engine.assembly import Parts, assemble
+from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
 from listen_dist.engine.checkpoint import CheckpointError, TrainState
+from listen_dist.engine.health import report_links
 from listen_dist.engine.meter import Meter
 from listen_dist.engine.optim import build_optimizer
-from listen_dist.engine.replicated import ReplicatedTrainables
-from listen_dist.engine.step import train_step
+from listen_dist.engine.replicated import DriftError, ReplicatedTrainables
+from listen_dist.engine.run_lock import RunLock
+from listen_dist.engine.saver import Saver
+from listen_dist.engine.signals import LOST_CONTACT, RESUMABLE, StopRequest
+from listen_dist.engine.step import NonFiniteError, StepResult, train_step
 from listen_dist.engine.warm_start import fit_last_layer
+from listen_dist.engine.watchdog import Watchdog
 from listen_dist.evaluation.dev import DevHistory, evaluate_dev
 from listen_dist.model_sizes import Sizes, count, llm_size
 from listen_dist.planner import Cluster, plan_memory
@@ -54,6 +61,9 @@ class Run:
     optimizer: torch.optim.AdamW
     state: TrainState
     trackers: tracking.Trackers
+    saver: Saver
+    stop: StopRequest
+    watchdog: Watchdog
     first_step: int
     """Where this process began; with `started`, for the time left."""
     started: float
@@ -89,11 +99,22 @@ def find_resume(config: Config) -> tuple[Path, Config] | None:
     return found, checkpoint.check_same_config(found, config)
 
 
-def set_up(config: Config, device: torch.device) -> Run:
+def claim_folder(config: Config) -> RunLock:
+    """Make sure that `run_dir` can be written and that no other run does; rank 0 only."""
+    folder = Path(config.run_dir)
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder / "checkpoints"):
+            return RunLock(folder)
+    except OSError as error:
+        raise ConfigError(f"run_dir = {config.run_dir!r}: cannot be written: {error}") from error
+
+
+def set_up(config: Config, device: torch.device, stop: StopRequest) -> Run:
     if not config.data.train:
         raise ConfigError("data.train: no set to train on; name a folder of shards")
-    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    found = find_resume(config)
+    config = with_pool_tasks(config)
+    found = dist.on_main(find_resume, config)
     parts = assemble(config, device)
     replicated = ReplicatedTrainables(parts.model.trainable)
     optimizer = build_optimizer(parts.model.trainable, config.train)
@@ -116,7 +137,9 @@ def set_up(config: Config, device: torch.device) -> Run:
         flat = {key: str(value) for part, tree in asdict(config).items() if isinstance(tree, dict)
                 for key, value in ((f"{part}.{name}", v) for name, v in tree.items())}
         trackers = tracking.build_trackers(config, flat)
-    run = Run(config, parts, replicated, optimizer, state, trackers, first_step=state.step, started=time.monotonic(),
+    folder = Path(config.run_dir)
+    run = Run(config, parts, replicated, optimizer, state, trackers, Saver(folder / "checkpoints"), stop,
+              Watchdog(config.parallel.stuck_seconds, folder), first_step=state.step, started=time.monotonic(),
               last_step=config.train.max_steps)
     summarize(run)
     return run
@@ -127,7 +150,7 @@ def clips_of_any_rank(parts: Parts) -> Iterator[Batch]:
     data = parts.config.data
     reader = parts.reader(data.train, with_targets=True)
     steps = training_steps(
-        reader, parts.mixture(reader), parts.token_cost(0), replace(data, workers=0), parts.config.train.seed,
+        reader, parts.mixture(reader), parts.training_cost(), replace(data, workers=0), parts.config.train.seed,
         per_step=1, rank=0, world_size=1, start=LoaderState())
     return (batch for batches, _ in steps for batch in batches)
 
@@ -136,14 +159,16 @@ def summarize(run: Run) -> None:
     """Say what learns, what lies on each rank, and what memory is planned."""
     model, config = run.parts.model, run.config
     size = llm_size(config.model.llm)
-    pool, projector = count(model.pool), count(model.projector)
+    pool, projector, learned = count(model.pool), count(model.projector), count(model.trainable)
     audio = model.audio_encoder
+    # The planner counts LoRA's adapters with the pool.
     sizes = Sizes(size, count(model.encoder), model.encoder.width, count(audio) if audio else 0,
-                  audio.width if audio else 0, projector, pool)
+                  audio.width if audio else 0, projector, learned - projector)
     frozen_projector = " (frozen)" if config.projector.freeze else ""
     held = dist.gather_objects(run.parts.sharding.bytes_held())
-    logger.info("learned parameters: pool %s (%.3f %% of the LLM), projector %s%s", f"{pool:,}",
-                100 * pool / size.parameters, f"{projector:,}", frozen_projector)
+    adapters = f", LoRA {learned - pool - projector:,}" if config.lora.rank else ""
+    logger.info("learned parameters: pool %s (%.3f %% of the LLM), projector %s%s%s", f"{pool:,}",
+                100 * pool / size.parameters, f"{projector:,}", frozen_projector, adapters)
     logger.info("frozen parameters: LLM %s, speech encoder %s, audio encoder %s", f"{size.parameters:,}",
                 f"{sizes.speech_parameters:,}", f"{sizes.audio_parameters:,}")
     for rank, size_held in enumerate(held):
@@ -156,38 +181,46 @@ def summarize(run: Run) -> None:
 
 
 def train(run: Run) -> None:
-    """The loop: take a step's batches, step, now and then report and save."""
+    """The loop: take a step's batches, step, now and then report and save. Ends early when asked to stop."""
     config, model = run.config, run.parts.model
     reader = run.parts.reader(config.data.train, with_targets=True)
     mixture = run.parts.mixture(reader)
     for line in mixture.describe():
         logger.info(line)
     per_step = config.train.batches_per_step or dist.world_size()
-    steps = training_steps(reader, mixture, run.parts.token_cost(config.pool.k_max), config.data, config.train.seed,
+    steps = training_steps(reader, mixture, run.parts.training_cost(), config.data, config.train.seed,
                            per_step, dist.rank(), dist.world_size(), run.state.loader,
                            pin_memory=model.device.type == "cuda")
-    meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples)
+    meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples, run.state.meter)
     filler = find_filler(reader)
-    history, evaluate_every = DevHistory(run.checkpoints, run.state.step), config.train.eval_every
+    history, evaluate_every = DevHistory(run.folder / "checkpoints", run.state.step), config.train.eval_every
     model.train()
-    while run.state.step < run.last_step:
+    run.stop.can_wait = True
+    stopping = False
+    while run.state.step < run.last_step and not stopping:
         step = run.state.step
+        run.watchdog.beat(step)
         before = time.perf_counter()
         batches, loader_state = next(steps)
         meter.waited(time.perf_counter() - before)
         note_skipped(run, batches)
-        result = train_step(model, run.replicated, run.optimizer, config, step, run.last_step, batches, filler)
+        result = train_step(model, run.replicated, run.optimizer, config, step, run.last_step, batches, filler,
+                            stop=bool(run.stop.asked))
         meter.add(result, batches)
         run.state = replace(run.state, step=step + 1, loader=loader_state)
+        note_outcome(run, result)
         if run.state.step % config.train.log_every == 0 or run.state.step == run.last_step:
             report(run, meter, mixture, result.rate, float(result.grad_norm))
-        last = run.state.step >= run.last_step
-        if run.state.step % config.train.checksum_every == 0 or last:
+        last, stopping = run.state.step >= run.last_step, result.stop
+        if run.state.step % config.train.checksum_every == 0 or last or stopping:
             run.replicated.prove_equal(run.state.step)
-        is_best = bool(evaluate_every) and run.state.step % evaluate_every == 0 and evaluate(run, history)
-        if run.state.step % config.train.save_every == 0 or last or is_best:
-            run.state = replace(run.state, finished=last)
+        is_best = (bool(evaluate_every) and run.state.step % evaluate_every == 0 and not stopping
+                   and evaluate(run, history))
+        if run.state.step % config.train.save_every == 0 or last or stopping or is_best:
+            run.state = replace(run.state, finished=last, meter=meter.state())
             save(run)
+    # All ranks wait for the last checkpoint: a launcher ends those that are left as soon as one has gone.
+    dist.on_main(run.saver.finish)
     steps.close()  # ends the loader's processes
     passes = mixture.epochs(run.state.loader.samples)
     logger.info("gone through: %s", ", ".join(f"{label} {times:.2f} times" for label, times in passes.items()))
@@ -203,6 +236,23 @@ def evaluate(run: Run, history: DevHistory) -> bool:
     for warning in warnings if dist.is_main() else ():
         logger.warning("step %d: %s", step, warning)
     return is_best
+def note_outcome(run: Run, result: StepResult) -> None:
+    """Name the clips of a step that was left out; too many such steps in a row end the run."""
+    state, limit = run.state, run.config.train.max_skipped_in_a_row
+    in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
+    run.state = replace(state, skipped_in_a_row=in_a_row)
+    if result.applied:
+        return
+    run.state = replace(state, skipped_steps=state.skipped_steps + 1, skipped_in_a_row=in_a_row)
+    file = run.folder / f"nonfinite-rank{dist.rank()}.jsonl"
+    logs.append_lines(file, [json.dumps({"step": state.step, "ids": batch.ids, "loss": out.token_loss_sum.item(),
+                                         "match_loss": out.match_loss_sum.item()}) for batch, out in result.outputs])
+    if in_a_row >= limit:
+        raise NonFiniteError(
+            f"step {state.step}: the loss or the gradient was not finite in {in_a_row} steps in a row "
+            f"(train.max_skipped_in_a_row); their clips are named in {run.folder}/nonfinite-rank*.jsonl. "
+            "If a few clips recur there, remove them; otherwise lower train.learning_rate, or set "
+            "model.dtype=float32. The last checkpoint is from before")
 
 
 def report(run: Run, meter: Meter, mixture: Mixture, rate: float, grad_norm: float) -> None:
@@ -210,13 +260,11 @@ def report(run: Run, meter: Meter, mixture: Mixture, rate: float, grad_norm: flo
     metrics = meter.report() | {"learning_rate": rate, "grad_norm": grad_norm}
     metrics |= {f"epochs_{label}": times for label, times in mixture.epochs(run.state.loader.samples).items()}
     step, config = run.state.step, run.config
-    left_out = int(metrics["skipped_steps"])
-    if left_out:
-        logger.warning("step %d: %d steps since the last report had a non-finite gradient and were left out",
-                       step, left_out)
-    run.state = replace(run.state, skipped_steps=run.state.skipped_steps + left_out,
-                        skipped_samples=int(metrics["skipped_samples"]))
-    run.trackers.log(metrics, step)
+    if metrics["skipped_steps"]:
+        logger.warning("step %d: %d steps since the last report had a non-finite loss or gradient and were left out; "
+                       "their clips are named in nonfinite-rank*.jsonl", step, metrics["skipped_steps"])
+    run.state = replace(run.state, skipped_samples=int(metrics["skipped_samples"]))
+    run.trackers.log(metrics | {"failed_checkpoints": float(run.saver.failed)}, step)
     if config.train.max_minutes:
         keep_to_time(run, metrics["elapsed_seconds"])
     logger.info(progress_line(run, metrics))
@@ -246,8 +294,7 @@ def progress_line(run: Run, metrics: dict[str, float]) -> str:
 
 def save(run: Run) -> None:
     if dist.is_main():
-        path = checkpoint.save(run.checkpoints, run.config, run.state, run.parts.model.trainable, run.optimizer)
-        logger.info("saved %s", path)
+        run.saver.save(checkpoint.snapshot(run.config, run.state, run.parts.model.trainable, run.optimizer))
 
 
 def skipped_file(run: Run) -> Path:
@@ -258,33 +305,69 @@ def note_skipped(run: Run, batches: list[Batch]) -> None:
     """Name every sample that was left out, in a file and (the first ones) in the log."""
     lines = [json.dumps(asdict(sample)) for batch in batches for sample in batch.skipped]
     if lines:
-        with skipped_file(run).open("a") as file:
-            file.write("\n".join(lines) + "\n")
+        logs.append_lines(skipped_file(run), lines)
         logger.warning("skipped %d samples, e.g. %s", len(lines), lines[0])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; a known mistake ends it with one line instead of a traceback."""
+@contextmanager
+def folder_of_our_own(config: Config) -> Iterator[None]:
+    """Hold `run_dir` for this run; rank 0 does, and all ranks learn of a refusal."""
+    held: list[RunLock] = []
+    dist.on_main(lambda: held.append(claim_folder(config)))
     try:
-        config = parse_arguments(argv)
-        device = dist.setup(config.device, config.parallel.timeout_minutes)
+        yield
+    finally:
+        for lock in held:
+            lock.release()
+
+
+def run_program(config: Config, stop: StopRequest) -> int:
+    """Set up and train; the exit code."""
+    device = dist.setup(config.device, config.parallel.timeout_minutes)
+    with folder_of_our_own(config):
         logs.setup(Path(config.run_dir) / "train.log")
-        run = set_up(config, device)
+        run = set_up(config, device, stop)
         if run.state.step >= config.train.max_steps or run.state.finished:
             logger.info("already trained for %d steps; raise train.max_steps (or train.max_minutes) to go on",
                         run.state.step)
             return 0
+        if config.parallel.health_check:
+            report_links(device)
         run.started = time.monotonic()
-        train(run)
-        run.trackers.close()
+        outcome: tracking.Outcome = "FAILED"
+        try:
+            with run.watchdog:
+                train(run)
+            outcome = "FINISHED" if run.state.finished else "KILLED"
+        finally:
+            run.trackers.close(outcome)
+        if not run.state.finished:
+            logger.info("stopped after step %d, which is saved; the same command goes on from there", run.state.step)
+            return RESUMABLE
         logger.info("done. Evaluate with: deepspeed listen_dist/evaluate.py --config %s",
                     run.folder / "config.yaml")
         return 0
-    except (ConfigError, CheckpointError, ShardError, FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        dist.shutdown()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; a known mistake ends it with one line instead of a traceback.
+
+    Returns:
+        0 finished, 2 a known mistake, RESUMABLE stopped by a signal, LOST_CONTACT another rank is gone.
+    """
+    with StopRequest() as stop:
+        try:
+            return run_program(parse_arguments(argv), stop)
+        except (ConfigError, CheckpointError, DriftError, NonFiniteError, ShardError, OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
+        except RuntimeError as error:
+            if not dist.lost_contact(error):
+                raise
+            print(f"error: a collective failed ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
+            return LOST_CONTACT
+        finally:
+            dist.shutdown()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,17 @@ def trained(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> 
     return TrainedRun(folder, launching.run(words, 150).check().output)
 
 
+@pytest.fixture(scope="session")
+def unbroken(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same twelve steps on two ranks, without a launcher, with the clips of each step noted."""
+    from tests.distributed import fault_worker  # imports DeepSpeed, which most tests don't need
+
+    folder = tmp_path_factory.mktemp("unbroken")
+    for rank in fault_worker.start(2, fault_worker.words(tiny_world.config_file, folder), folder):
+        rank.wait(240).check()
+    return folder
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread, so that sums are added in the same order everywhere."""

@@ -83,6 +83,14 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
     process.wait(10)
 
 
+def interrupt(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Signal a launcher; Ctrl-C goes to all processes of its terminal, as from a keyboard."""
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+
+
 def wait(process: subprocess.Popen[bytes], log: Path, seconds: float) -> Finished:
     """Wait for the end; past the limit everything is killed and the test fails with the output."""
     try:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import signal
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence, Set
 
@@ -193,11 +194,17 @@ def find_filler(reader: BatchReader) -> Batch:
     raise ShardError(f"none of the first samples of {reader.indexes[0].folder} can be used, the last because: {reason}")
 
 
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Launchers and Ctrl-C signal the workers too, while the trainer still needs them to finish its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _batches(reader: BatchReader, sampler: object, workers: int, pin_memory: bool = False) -> Iterator[Batch]:
     """The batches that `sampler` names, in its order; closing the iterator ends the workers."""
     loader: DataLoader[Batch] = DataLoader(
         reader, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=pin_memory,  # type: ignore[arg-type]
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=4 if workers else None, worker_init_fn=leave_signals_to_the_trainer,
         # Forked children of a process that runs gloo or CUDA threads can hang.
         multiprocessing_context="spawn" if workers else None)
     try:

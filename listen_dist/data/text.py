@@ -48,6 +48,10 @@ class TextEncoder:
         """Generated ids as text, special tokens dropped."""
         return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
 
+    def piece(self, token: int) -> str:
+        """One entry of the vocabulary as text, spaces and special tokens kept."""
+        return self._tokenizer.decode([token])
+
     def _ids(self, text: str) -> list[int]:
         if isinstance(self._tokenizer, PreTrainedTokenizerFast):  # its own `encode` takes four times as long
             return list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +23,9 @@ from listen_dist.models.beats import load_audio_encoder
 from listen_dist.models.encoders import load_speech_encoder
 from listen_dist.models.listen import Listen
 from listen_dist.models.llm import DTYPES, embedding_stats, load_llm, load_tokenizer
+from listen_dist.models.lora import add_lora
 from listen_dist.models.projector import build_projector
-from listen_dist.models.prompt_pool import PromptPool
+from listen_dist.models.rivals import TaskPool, build_pool
 from listen_dist.structures import ENCODER_RATE
 
 
@@ -44,9 +45,13 @@ class Parts:
         Raises:
             ShardError: an index or shard is missing or damaged.
             ConfigError: stored features of another encoder.
+            ValueError: a task that owns no prompts (`pool.selection = task_static`).
         """
         indexes = [ShardIndex.load(entry.path, self.config.data) for entry in sets]
         for index in indexes:
+            if isinstance(self.model.pool, TaskPool):
+                for task in index.tasks:
+                    self.model.pool.place(task)
             features = index.features
             if self.config.data.stored_features and features and \
                     features.fingerprint != self.model.encoder.fingerprint:
@@ -65,10 +70,35 @@ class Parts:
         return Mixture(reader.indexes, config.data.train, config.train.seed, config.data.temperature)
 
     def token_cost(self, k: int) -> TokenCost:
-        """Tokens that a clip takes in the LLM with k prompts."""
+        """Tokens that a clip takes in the LLM where k prompts are asked for."""
+        return self._cost(self.model.pool.prompt_tokens(k))
+
+    def training_cost(self) -> TokenCost:
+        """The same for training: with the longest prompt, or what `data.batch_prompts` says."""
+        counted = self.config.data.batch_prompts
+        return self.token_cost(self.config.pool.k_max) if counted is None else self._cost(counted)
+
+    def _cost(self, prompts: int) -> TokenCost:
         frame = self.text.frame
-        return TokenCost(k + len(frame.bos) + len(frame.before) + self.text.fixed_after + 1,
+        return TokenCost(prompts + len(frame.bos) + len(frame.before) + self.text.fixed_after + 1,
                          ENCODER_RATE / self.model.projector.window_frames)
+
+
+def with_pool_tasks(config: Config) -> Config:
+    """The config with `pool.tasks` filled in from the training sets, where `task_static` needs it.
+
+    Raises:
+        ConfigError: the pool is too small for so many tasks.
+        ShardError: a training set is missing; give pool.tasks then.
+    """
+    if config.pool.selection != "task_static" or config.pool.tasks:
+        return config
+    tasks = sorted({task for entry in config.data.train for task in ShardIndex.load(entry.path).tasks})
+    if not tasks:
+        raise ConfigError("pool.tasks = []: task_static needs the tasks, and data.train names no set to take them from")
+    resolved = replace(config, pool=replace(config.pool, tasks=tasks))
+    resolved.pool.task_parts()
+    return resolved
 
 
 def assemble(config: Config, device: torch.device) -> Parts:
@@ -77,6 +107,7 @@ def assemble(config: Config, device: torch.device) -> Parts:
     The trainables come out the same on every rank: they are made on the CPU from
     `model.seed` and from the LLM's embeddings.
     """
+    config = with_pool_tasks(config)
     tokenizer = load_tokenizer(config.model.llm)
     text = TextEncoder(tokenizer, config.model)
     dtype = DTYPES[config.model.dtype]
@@ -87,12 +118,14 @@ def assemble(config: Config, device: torch.device) -> Parts:
     llm = sharding.load(lambda: load_llm(config.model), device)
     stats = embedding_stats(llm.get_input_embeddings(), llm.config.vocab_size)
     torch.manual_seed(dist.derived_seed("model", config.model.seed))
-    pool = PromptPool(config.pool, stats.mean)
+    pool = build_pool(config.pool, stats.mean)
     audio_width = audio_encoder.width if audio_encoder else 0
     projector = build_projector(config.projector, encoder.width + audio_width, llm.config.hidden_size, stats.std,
                                 audio_width)
     if config.projector.init_from:
         checkpoint.load_trainables(checkpoint.resolve(Path(config.projector.init_from)), projector, "projector.")
     projector.requires_grad_(not config.projector.freeze)
-    model = Listen(llm, encoder, projector.to(device), pool.to(device), text.frame, audio_encoder)
+    # After the layout, so that no rank shards the adapters.
+    lora = add_lora(llm, config.lora, device) if config.lora.rank else None
+    model = Listen(llm, encoder, projector.to(device), pool.to(device), text.frame, lora, audio_encoder)
     return Parts(config, model, sharding, text, LogMel.from_pretrained(config.model.speech_encoder))

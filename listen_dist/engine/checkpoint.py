@@ -3,11 +3,12 @@
     step-000200/
         trainables.safetensors   pool and projector, fp32
         optimizer.safetensors    AdamW's moments, by parameter name
-        state.json               step, loader cursor, sha256 of the two files above
         config.yaml              the resolved configuration
+        state.json               step, loader cursor, sums since the last report, sha256 of the files above
     latest                       the name of the newest complete folder; moved last
+    best.json                    dev scores (see evaluation/dev.py); the steps it names as best are never dropped
 
-No frozen weight is in it, and nothing in it can run code.
+No frozen weight is in it, and nothing in it can run code. engine/saver.py writes them from a thread.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from listen_dist.config import Config, ConfigError, differences, load, to_yaml
@@ -33,8 +37,8 @@ logger = logging.getLogger(__name__)
 FREE_TO_CHANGE = ("run_dir", "device", "parallel.", "eval.", "tracking.", "data.test", "data.dev", "data.workers",
                   "data.cache_dir", "data.cache_gib", "data.timeout_seconds", "data.retries",
                   "train.max_steps", "train.max_minutes", "train.log_every", "train.save_every", "train.keep",
-                  "train.checksum_every", "train.eval_every", "train.eval_limit", "train.resume", "pool.backend",
-                  "pool.top_k", "model.attention")
+                  "train.checksum_every", "train.eval_every", "train.eval_limit", "train.resume",
+                  "train.max_skipped_in_a_row", "pool.backend", "pool.top_k", "model.attention")
 """Keys that may differ between a checkpoint and the run that goes on from it."""
 
 
@@ -50,44 +54,106 @@ class TrainState:
     """Optimizer steps done."""
     loader: LoaderState = LoaderState()
     skipped_steps: int = 0
-    """Steps left out because the gradient was not finite."""
+    """Steps left out because the loss or the gradient was not finite."""
     skipped_samples: int = 0
     finished: bool = False
     """The run came to its end (`train.max_steps`, or earlier by `train.max_minutes`)."""
+    skipped_in_a_row: int = 0
+    """How many of the `skipped_steps` were the last ones."""
+    meter: Mapping[str, Any] = field(default_factory=dict)
+    """The sums of the steps since the last report (see `Meter.state`)."""
 
 
-def save(folder: Path, config: Config, state: TrainState, trainable: nn.Module,
-         optimizer: torch.optim.Optimizer) -> Path:
-    """Write `folder`/step-N, move `latest`, drop all but the newest `train.keep`. Rank 0 only."""
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy, on the host, of all that a checkpoint holds; training may go on while it is written."""
+
+    config: Config
+    state: TrainState
+    trainables: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+
+
+def snapshot(config: Config, state: TrainState, module: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
+    """Copy the learned parameters and AdamW's moments (`parameter/moment`) to the host."""
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to("cpu", copy=True).contiguous()
+
+    moments = {f"{name}/{key}": copied(value)
+               for name, p in module.named_parameters() for key, value in optimizer.state.get(p, {}).items()}
+    return Snapshot(config, state, {key: copied(value) for key, value in module.state_dict().items()}, moments)
+
+
+def write(folder: Path, snapshot: Snapshot) -> Path:
+    """Write `folder`/step-N, move `latest`, drop all but the newest `train.keep` and the best. Rank 0 only.
+
+    Raises:
+        OSError: disk full, no permission …; what was there before is as it was.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"step-{state.step:06d}"
+    name = f"step-{snapshot.state.step:06d}"
+    for leftover in folder.glob(".step-*"):  # of a run that was killed while it wrote
+        shutil.rmtree(leftover, ignore_errors=True)
     beside = folder / f".{name}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    save_file({k: v.detach().cpu().contiguous() for k, v in trainable.state_dict().items()},
-              beside / "trainables.safetensors")
-    save_file(_moments(trainable, optimizer), beside / "optimizer.safetensors")
-    (beside / "config.yaml").write_text(to_yaml(config))
-    hashes = {file: _sha256(beside / file) for file in ("trainables.safetensors", "optimizer.safetensors")}
-    (beside / "state.json").write_text(json.dumps({"format_version": 1, **asdict(state), "sha256": hashes}, indent=1))
-    for file in [*beside.iterdir(), beside]:
-        _sync(file)
-    target = folder / name
-    shutil.rmtree(target, ignore_errors=True)
-    beside.rename(target)
-    _write_latest(folder, name)
-    # Later ones are there when the user went back to an older one: this run will write them anew.
-    until_now = [path for path in complete(folder) if _step_of(path) <= state.step]
-    for old in until_now[: -config.train.keep]:
-        if _step_of(old) not in _best_steps(folder):
-            shutil.rmtree(old)
+    files = {"trainables.safetensors": to_bytes(snapshot.trainables),
+             "optimizer.safetensors": to_bytes(snapshot.moments),
+             "config.yaml": to_yaml(snapshot.config).encode()}
+    hashes = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
+    state = {"format_version": 1, **asdict(snapshot.state), "sha256": hashes}
+    try:
+        beside.mkdir()
+        for file, content in (files | {"state.json": json.dumps(state, indent=1).encode()}).items():
+            _write_synced(beside / file, content)
+        _sync(beside)
+        target = _move_into_place(beside, folder / name)
+        point(folder, name)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)  # half a checkpoint would fill the disk further
+        raise
+    _drop_old(folder, snapshot.state.step, snapshot.config.train.keep)
     return target
 
 
+def point(folder: Path, name: str) -> None:
+    """Let `latest` name another checkpoint of the folder."""
+    beside = folder / ".latest.tmp"
+    _write_synced(beside, f"{name}\n".encode())
+    beside.rename(folder / "latest")
+    _sync(folder)
+
+
+def _move_into_place(beside: Path, target: Path) -> Path:
+    """Rename; one of the same step that is there (the run went back to an older one) goes after that."""
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():
+        target.rename(old)
+    beside.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _drop_old(folder: Path, step: int, keep: int) -> None:
+    # Later ones are there when the run went back to an older one: it will write them anew.
+    until_now = [path for path in complete(folder) if _step_of(path) <= step]
+    for old in until_now[:-keep]:
+        if _step_of(old) not in _best_steps(folder):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _latest(folder: Path) -> str:
+    try:
+        return (folder / "latest").read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
 def _best_steps(folder: Path) -> set[int]:
-    """Steps that best.json names (see evaluation/dev.py), whose checkpoints are kept."""
+    """Steps that best.json names, whose checkpoints are kept."""
     file = folder / "best.json"
-    best = json.loads(file.read_text())["best"] if file.is_file() else {}
+    try:
+        best = json.loads(file.read_text())["best"] if file.is_file() else {}
+    except (OSError, ValueError, KeyError):  # damaged: then only the newest ones are kept
+        best = {}
     return {entry["step"] for entry in best.values()}
 
 
@@ -102,16 +168,33 @@ def _step_of(path: Path) -> int:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint that `latest` names, or None where nothing was saved yet."""
-    pointer = folder / "latest"
-    if not pointer.is_file():
-        return None
-    name = pointer.read_text().strip()
-    path = folder / name
-    if "/" in name or not (path / "state.json").is_file():
-        raise CheckpointError(f"{pointer}: names {name!r}, which is not a complete checkpoint; "
-                              f"write one of {[p.name for p in complete(folder)]} into it")
-    return path
+    """The checkpoint that `latest` names, or with a warning the newest usable one before it; None where none is.
+
+    Raises:
+        CheckpointError: there are some, and all are damaged.
+    """
+    there, name = complete(folder), _latest(folder)
+    named = folder / name
+    if named in there:
+        there = there[: there.index(named) + 1]
+    elif name:
+        logger.warning("%s: names %r, which is not a complete checkpoint here", folder / "latest", name)
+    damage: list[str] = []
+    for path in reversed(there):
+        try:
+            read_state(path)
+        except CheckpointError as error:
+            damage.append(str(error))
+            continue
+        for line in damage:
+            logger.warning("%s", line)
+        if damage or (name and path != named):
+            logger.warning("going back to %s", path)
+        return path
+    if damage or name:
+        raise CheckpointError(f"{folder}: no checkpoint here can be used ({'; '.join(damage) or 'none is complete'}); "
+                              "restore one, or choose another run_dir to begin anew")
+    return None
 
 
 def resolve(path: Path) -> Path:
@@ -125,14 +208,14 @@ def resolve(path: Path) -> Path:
 
 
 def read_state(path: Path) -> TrainState:
-    """The state of one checkpoint, its tensor files checked against their hashes."""
+    """The state of one checkpoint, its files checked against their hashes."""
     file = path / "state.json"
     try:
         tree = json.loads(file.read_text())
         hashes = tree.pop("sha256")
         tree.pop("format_version")
         state = TrainState(**{**tree, "loader": LoaderState(**tree["loader"])})
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: damaged ({error}); go on from another checkpoint of the folder") from error
     for name, expected in hashes.items():
         if not (path / name).is_file() or _sha256(path / name) != expected:
@@ -184,17 +267,11 @@ def check_same_config(path: Path, config: Config) -> Config:
     return saved
 
 
-def _moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {f"{name}/{key}": value.detach().cpu().contiguous()
-            for name, p in module.named_parameters() for key, value in optimizer.state.get(p, {}).items()}
-
-
-def _write_latest(folder: Path, name: str) -> None:
-    beside = folder / ".latest.tmp"
-    beside.write_text(name + "\n")
-    _sync(beside)
-    beside.rename(folder / "latest")
-    _sync(folder)
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:

@@ -74,7 +74,7 @@ class Fsdp2:
 
     def bytes_held(self) -> int:
         """Bytes of the shards on this rank."""
-        shards = [cast(DTensor, p).to_local() for p in self._llm.parameters()]
+        shards = [cast(DTensor, p).to_local() for p in self._llm.parameters() if not p.requires_grad]
         return sum(shard.numel() * shard.element_size() for shard in shards)
 
 

@@ -11,12 +11,13 @@ from listen_dist.config import TrainConfig
 
 
 def build_optimizer(trainable: nn.ModuleDict, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on the projector's matrices, none on norms, biases and the pool."""
+    """AdamW; weight decay on the projector's matrices and, by `decay_pool`, the pool; not on norms, biases, LoRA."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, p in trainable.named_parameters():
         if p.requires_grad:
-            (decayed if p.dim() >= 2 and not name.startswith("pool.") else plain).append(p)
+            decays = name.startswith("projector.") or (config.decay_pool and name.startswith("pool."))
+            (decayed if p.dim() >= 2 and decays else plain).append(p)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate,
                              betas=(config.beta1, config.beta2))

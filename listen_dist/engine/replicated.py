@@ -18,7 +18,8 @@ class ReplicatedTrainables:
     """One flat gradient buffer for all learned parameters, reduced once a step.
 
     Every `p.grad` is a view into `grads`, so that accumulation, the one all-reduce and
-    clipping need no copy.
+    clipping need no copy. Two numbers ride along behind the gradients: the loss, and how
+    many ranks were asked to stop.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -26,20 +27,32 @@ class ReplicatedTrainables:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if any(p.dtype != torch.float32 for p in self.parameters):
             raise ValueError("trainables must be float32")
-        self.grads = torch.zeros(sum(p.numel() for p in self.parameters), device=self.parameters[0].device)
+        size = sum(p.numel() for p in self.parameters)
+        self._buffer = torch.zeros(size + 2, device=self.parameters[0].device)
+        self.grads, self._riders = self._buffer[:size], self._buffer[size:]
         self.zero_grads()
 
     def zero_grads(self) -> None:
         """Zero the buffer and point every parameter's gradient into it (again)."""
-        self.grads.zero_()
+        self._buffer.zero_()
         offset = 0
         for p in self.parameters:
             p.grad = self.grads[offset : offset + p.numel()].view_as(p)
             offset += p.numel()
 
-    def reduce(self) -> None:
-        """Sum the gradients over ranks: one flat fp32 all-reduce, once per optimizer step."""
-        dist.sum_(self.grads)
+    def reduce(self, loss: torch.Tensor, stop: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum the gradients over ranks: one flat fp32 all-reduce, once per optimizer step.
+
+        Args:
+            loss: this rank's share of the loss, a scalar.
+            stop: this rank was asked to stop.
+
+        Returns:
+            the loss of the global batch, and the number of ranks that were asked to stop; scalars.
+        """
+        self._riders[0], self._riders[1] = loss, float(stop)
+        loss_sum, votes = dist.sum_(self._buffer)[-2:].unbind()
+        return loss_sum, votes
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients to a global norm of at most `max_norm` (0: leave them).

@@ -59,7 +59,7 @@ class Replicated:
         return nullcontext()
 
     def bytes_held(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self._llm.parameters())
+        return sum(p.numel() * p.element_size() for p in self._llm.parameters() if not p.requires_grad)
 
 
 def sharding_for(config: Config) -> Sharding:

@@ -15,27 +15,34 @@ from listen_dist.models.listen import Listen
 from listen_dist.structures import Batch, ModelOutput
 
 
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had to be left out."""
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. Tensors stay on the device; nothing here waits for it."""
+    """What one step did. Tensors stay on the device."""
 
     outputs: list[tuple[Batch, ModelOutput]]
     """This rank's micro-batches that counted."""
     grad_norm: torch.Tensor
-    applied: torch.Tensor
-    """Bool scalar: False where the gradient was not finite and the step was left out on all ranks."""
+    applied: bool
+    """False where the loss or the gradient was not finite and the step was left out on all ranks."""
+    stop: bool
+    """Some rank was asked to stop; the same on every rank."""
     k: int
     rate: float
 
 
 def train_step(model: Listen, replicated: ReplicatedTrainables, optimizer: torch.optim.Optimizer, config: Config,
-               step: int, last: int, batches: Sequence[Batch], filler: Batch) -> StepResult:
+               step: int, last: int, batches: Sequence[Batch], filler: Batch, stop: bool = False) -> StepResult:
     """Run optimizer step `step` of `last` on this rank's micro-batches of the global batch.
 
     The loss is the mean over all target tokens of the global batch plus λ times the mean
     match loss over its rows, whatever the ranks hold. Every rank passes equally many
     batches; an empty one (nothing usable in it) is replaced by `filler` with weight zero,
-    because under ZeRO-3 every rank must take part in every gather.
+    because under ZeRO-3 every rank must take part in every gather. `stop` says that this
+    rank was asked to stop; the ranks learn of each other's in the one reduction.
     """
     counts = torch.tensor([sum(b.target_tokens for b in batches), sum(map(len, batches))],
                           dtype=torch.float64, device=model.device)
@@ -46,6 +53,7 @@ def train_step(model: Listen, replicated: ReplicatedTrainables, optimizer: torch
     dist.seed_step(config.train.seed, step)
     replicated.zero_grads()
     outputs = []
+    total = torch.zeros((), device=model.device)
     for batch in batches:
         counted = len(batch) > 0
         out = model(batch if counted else filler, k)
@@ -53,10 +61,11 @@ def train_step(model: Listen, replicated: ReplicatedTrainables, optimizer: torch
         (loss if counted else loss * 0.0).backward()
         if counted:
             outputs.append((batch, out))
-    replicated.reduce()
+            total += loss.detach()
+    loss_sum, votes = replicated.reduce(total, stop)
     norm = replicated.clip(config.train.clip_norm)
-    applied = torch.isfinite(norm)
-    # The one wait of a step. All ranks decide alike, because they hold the same sum.
+    # The one wait of a step. All ranks decide alike, because they hold the same sums.
+    applied, stopping = torch.stack([torch.isfinite(norm) & torch.isfinite(loss_sum), votes > 0]).tolist()
     if applied:
         optimizer.step()
-    return StepResult(outputs, norm, applied, k, rate)
+    return StepResult(outputs, norm, applied, stopping, k, rate)

@@ -112,5 +112,6 @@ class Zero3:
 
     def bytes_held(self) -> int:
         """Bytes of the shards on this rank (weights gathered now, and small ones kept so, come on top)."""
-        return sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in self._engine.module.parameters())
+        return sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in self._engine.module.parameters()
+                   if not p.requires_grad)  # LoRA's are whole everywhere and belong to the learned part
 

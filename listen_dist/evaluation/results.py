@@ -65,7 +65,7 @@ def check_same_model(path: Path, config: Config) -> Config:
              "model.speech_encoder": (saved.model.speech_encoder, config.model.speech_encoder)}
     moved = [key for key, (a, b) in names.items() if Path(a).name == Path(b).name]
     differing = [key for key in differences(saved, config)
-                 if key.startswith(("model.", "projector.", "pool.")) and key not in (*FREE, *moved)]
+                 if key.startswith(("model.", "projector.", "pool.", "lora.")) and key not in (*FREE, *moved)]
     if differing:
         raise ConfigError(f"{path}: belongs to another model; these keys differ: {', '.join(differing[:5])}. "
                           f"Evaluate with --config {path / 'config.yaml'}, or choose another --checkpoint")

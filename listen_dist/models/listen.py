@@ -18,31 +18,36 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from listen_dist.kernels.topk_match.op import TopkMatch
+from listen_dist.kernels.topk_match.reference import masked_mean
 from listen_dist.models.beats import BeatsEncoder
 from listen_dist.models.encoders import SpeechEncoder, join_frames
 from listen_dist.models.llm import recompute_activations
 from listen_dist.models.losses import IGNORED, token_loss
 from listen_dist.models.projector import Projector
-from listen_dist.models.prompt_pool import PromptPool
+from listen_dist.models.prompt_pool import Pool
 from listen_dist.structures import Batch, ModelOutput, TextFrame
 
 
 class Listen(nn.Module):
-    """The whole model. Only `projector` and `pool` learn; `llm` and `encoder` are frozen.
+    """The whole model. Only `projector`, `pool` and `lora` learn; `llm` and `encoder` are frozen.
 
     Args:
         llm: a Hugging Face causal LLM, sharded or whole, in eval mode without gradients.
         encoder: frozen speech encoder; not run for batches of stored features.
-        audio_encoder: frozen encoder of other sounds beside it, or None.
+        lora: the adapters inside `llm` (see models/lora.py), or None.
+        audio_encoder: frozen encoder of other sounds beside the speech encoder, or None.
     """
 
-    def __init__(self, llm: PreTrainedModel, encoder: SpeechEncoder, projector: Projector, pool: PromptPool,
-                 frame: TextFrame, audio_encoder: BeatsEncoder | None = None) -> None:
+    def __init__(self, llm: PreTrainedModel, encoder: SpeechEncoder, projector: Projector, pool: Pool,
+                 frame: TextFrame, lora: nn.ParameterDict | None = None,
+                 audio_encoder: BeatsEncoder | None = None) -> None:
         super().__init__()
         self.llm = llm
         self.encoder = encoder
         self.audio_encoder = audio_encoder
         self.trainable = nn.ModuleDict({"projector": projector, "pool": pool})
+        if lora is not None:
+            self.trainable["lora"] = lora
         self.frame = frame
 
     @property
@@ -50,12 +55,12 @@ class Listen(nn.Module):
         return self.trainable["projector"]  # type: ignore[return-value]
 
     @property
-    def pool(self) -> PromptPool:
+    def pool(self) -> Pool:
         return self.trainable["pool"]  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:
-        return self.pool.keys.device
+        return self.projector.out.weight.device
 
     def train(self, mode: bool = True) -> Listen:
         """Switch the learned parts; the frozen parts stay in eval mode (but see `recompute_activations`)."""
@@ -89,18 +94,26 @@ class Listen(nn.Module):
             the match, and for each row its embeddings [L_row, D] in the LLM's dtype:
             prompts, BOS, text before, audio, instruction and, where given, the target.
         """
+        bos, contexts, targets = self._parts(batch)
+        padded, mask = _pad_right(contexts)
+        matched = self.pool(padded, mask, batch.tasks, k)
+        prompts = matched.prompts.to(padded.dtype)
+        return matched, [torch.cat([prompts[i], bos, contexts[i], targets[i]]) for i in range(len(batch))]
+
+    def queries(self, batch: Batch) -> torch.Tensor:
+        """What prompts are matched against: each row's mean over its context, float32 [B, D]."""
+        padded, mask = _pad_right(self._parts(batch)[1])
+        return masked_mean(padded.float(), mask)
+
+    def _parts(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """BOS, and each row's context (text before, audio, text after) and target, as embeddings."""
         audio, lengths = self.audio_tokens(batch)
         texts: list[Sequence[int]] = [self.frame.bos, self.frame.before, *batch.after_ids, *batch.target_ids]
         bos, before, *rest = self._embed(texts)
         after, targets = rest[: len(batch)], rest[len(batch):]
         contexts = [torch.cat([before, audio[i, :n].to(before.dtype), after[i]])
                     for i, n in enumerate(lengths.tolist())]
-        padded = pad_sequence(contexts, batch_first=True)  # [B, T, D]
-        sizes = torch.tensor([len(context) for context in contexts], device=padded.device)
-        mask = torch.arange(padded.shape[1], device=padded.device) < sizes[:, None]
-        matched = self.pool(padded, mask, k)
-        prompts = matched.prompts.to(before.dtype)
-        return matched, [torch.cat([prompts[i], bos, contexts[i], targets[i]]) for i in range(len(batch))]
+        return bos, contexts, targets
 
     def audio_tokens(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Audio tokens [B, A, D] (float32) and their true numbers [B]."""
@@ -206,6 +219,13 @@ class _RowLimits(LogitsProcessor):
         ended = torch.full_like(scores, -torch.inf)
         ended[:, self._eos] = 0
         return torch.where(over[:, None], ended, scores)
+
+
+def _pad_right(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [T_row, D] → padded [B, T, D], and bool mask [B, T], True where real."""
+    padded = pad_sequence(rows, batch_first=True)
+    sizes = torch.tensor([len(row) for row in rows], device=padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < sizes[:, None]
 
 
 def _pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

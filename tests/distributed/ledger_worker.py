@@ -69,12 +69,12 @@ def run(config: Config, finish: bool) -> None:
             for name in batch.ids:
                 ledger.counts.grad[row_of[name]] -= 1  # type: ignore[index]
         time.sleep(0.02)  # room for a kill in mid-step
-        replicated.reduce()
+        replicated.reduce(torch.zeros(()), stop=False)
         optimizer.step()
         state = replace(state, step=state.step + 1, loader=loader_state)
         over = finish and state.loader.samples % index.samples == 0
         if dist.is_main() and (state.step % config.train.save_every == 0 or over):
-            checkpoint.save(folder / "checkpoints", config, state, ledger, optimizer)
+            checkpoint.write(folder / "checkpoints", checkpoint.snapshot(config, state, ledger, optimizer))
         if dist.is_main():
             with (folder / "steps.log").open("a") as file:
                 file.write(f"{state.step} {os.getpid()} {dist.world_size()} {config.data.workers}\n")

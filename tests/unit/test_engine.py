@@ -1,28 +1,24 @@
-"""The engine's parts on one process: rates, weight decay, the flat gradient, checkpoints, the meter."""
+"""The engine's parts on one process: rates, weight decay, the flat gradient, the meter."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from listen_dist import dist
-from listen_dist.config import Config, ConfigError, PoolConfig, ProjectorConfig, TrainConfig
-from listen_dist.engine import checkpoint
-from listen_dist.engine.checkpoint import CheckpointError, TrainState
+from listen_dist.config import PoolConfig, ProjectorConfig, TrainConfig
 from listen_dist.engine.meter import Meter, effective_number
 from listen_dist.engine.optim import build_optimizer, learning_rate
 from listen_dist.engine.replicated import DriftError, ReplicatedTrainables
 from listen_dist.engine.step import StepResult
 from listen_dist.models.projector import build_projector
 from listen_dist.models.prompt_pool import PromptPool
-from listen_dist.structures import Batch, LoaderState, ModelOutput, SkippedSample
-from tests import tiny
+from listen_dist.structures import Batch, ModelOutput, SkippedSample
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("one_thread")]
 
@@ -65,6 +61,9 @@ def test_weight_decay_is_on_the_projectors_matrices_alone() -> None:
             matrix = name.startswith("projector.") and p.dim() >= 2
             assert decay[id(p)] == (0.3 if matrix else 0.0), name
     assert all(group["betas"] == (0.8, 0.98) for group in optimizer.param_groups)
+    with_pool = build_optimizer(module, TrainConfig(weight_decay=0.3, decay_pool=True))
+    decayed = {id(p) for group in with_pool.param_groups if group["weight_decay"] for p in group["params"]}
+    assert {id(module["pool"].keys), id(module["pool"].values)} <= decayed
 
 
 def test_k_is_uniform_and_a_pure_function() -> None:
@@ -123,138 +122,6 @@ def test_half_precision_trainables_are_refused() -> None:
         ReplicatedTrainables(trainables().bfloat16())
 
 
-# --- checkpoints ----------------------------------------------------------------------------------
-
-
-def trained(seed: int = 0) -> tuple[nn.ModuleDict, torch.optim.AdamW]:
-    module = trainables(seed)
-    optimizer = build_optimizer(module, TrainConfig())
-    for step in range(3):
-        optimizer.zero_grad()
-        sum((p * (step + 1)).square().sum() for p in module.parameters()).backward()
-        optimizer.step()
-    return module, optimizer
-
-
-STATE = TrainState(7, LoaderState(3, 2, 99), 1, 4)
-
-
-@pytest.fixture
-def config(tiny_world: tiny.Tiny) -> Config:
-    return tiny_world.config("train.keep=2")
-
-
-def test_save_and_load_are_exact(config: Config, tmp_path: Path) -> None:
-    module, optimizer = trained()
-    path = checkpoint.save(tmp_path, config, STATE, module, optimizer)
-    assert sorted(p.name for p in path.iterdir()) == [
-        "config.yaml", "optimizer.safetensors", "state.json", "trainables.safetensors"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-000007"]
-    assert checkpoint.newest(tmp_path) == checkpoint.resolve(tmp_path) == checkpoint.resolve(path) == path
-    assert checkpoint.read_state(path) == STATE
-    other = trainables(1)
-    fresh = build_optimizer(other, TrainConfig())
-    checkpoint.load_trainables(path, other)
-    checkpoint.load_optimizer(path, other, fresh)
-    for (name, a), b in zip(module.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b), name
-        assert all(torch.equal(value, fresh.state[b][key]) for key, value in optimizer.state[a].items())
-    for m, o in ((module, optimizer), (other, fresh)):
-        o.zero_grad()
-        sum(p.square().sum() for p in m.parameters()).backward()
-        o.step()
-    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
-
-
-def test_a_checkpoint_holds_no_pickle(config: Config, tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, config, STATE, *trained())
-    for file in path.iterdir():
-        content = file.read_bytes()
-        if file.suffix == ".safetensors":  # 8 bytes of length, then JSON
-            assert json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        else:
-            assert file.suffix in (".json", ".yaml") and content.decode().isprintable() is False
-            assert json.loads(content) if file.suffix == ".json" else b"run_dir:" in content
-    assert sum(file.stat().st_size for file in path.iterdir()) < 200_000
-
-
-def test_the_last_ones_are_kept_and_latest_is_moved(config: Config, tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path) is None
-    for step in (2, 4, 6):
-        checkpoint.save(tmp_path, config, TrainState(step), *trained())
-    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-000004", "step-000006"]
-    assert (tmp_path / "latest").read_text() == "step-000006\n"
-
-
-def test_going_back_to_an_older_checkpoint_never_drops_the_newest_work(config: Config, tmp_path: Path) -> None:
-    """What the message about a damaged checkpoint tells the user to do."""
-    for step in (2, 4, 6):
-        checkpoint.save(tmp_path, dataclasses.replace(config, train=dataclasses.replace(config.train, keep=3)),
-                        TrainState(step), *trained())
-    (tmp_path / "latest").write_text("step-000002\n")
-    path = checkpoint.save(tmp_path, config, TrainState(3), *trained())
-    assert checkpoint.newest(tmp_path) == path
-    assert checkpoint.read_state(path).step == 3
-
-
-def test_steps_beyond_six_digits_are_in_order(config: Config, tmp_path: Path) -> None:
-    for step in (999_999, 1_000_000, 1_000_001):
-        checkpoint.save(tmp_path, config, TrainState(step), *trained())
-    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-1000000", "step-1000001"]
-
-
-@pytest.mark.parametrize("name", ["trainables.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_file_is_refused_by_name(config: Config, tmp_path: Path, name: str) -> None:
-    path = checkpoint.save(tmp_path, config, STATE, *trained())
-    content = bytearray((path / name).read_bytes())
-    content[len(content) // 2] ^= 0x55
-    (path / name).write_bytes(content if name != "state.json" else content[:40])
-    with pytest.raises(CheckpointError, match=name.replace(".", r"\.") + r".*damaged.*another checkpoint"):
-        checkpoint.read_state(path)
-    (path / name).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        checkpoint.read_state(path)
-
-
-def test_a_pointer_to_nothing_is_refused(config: Config, tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, config, STATE, *trained())
-    (tmp_path / "latest").write_text("step-000009\n")
-    with pytest.raises(CheckpointError, match=r"latest: names 'step-000009'.*write one of \['step-000007'\] into it"):
-        checkpoint.newest(tmp_path)
-    (tmp_path / "latest").write_text("../elsewhere\n")
-    with pytest.raises(CheckpointError, match="latest"):
-        checkpoint.newest(tmp_path)
-    with pytest.raises(CheckpointError, match="no checkpoint here"):
-        checkpoint.resolve(tmp_path / "nothing")
-
-
-def test_weights_of_another_size_are_refused(config: Config, tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, config, STATE, *trained())
-    other = nn.ModuleDict({"projector": trainables()["projector"],
-                           "pool": PromptPool(PoolConfig(prompts=5), torch.zeros(12))})
-    with pytest.raises(CheckpointError, match=r"trainables\.safetensors: belongs to another model.*pool\.values"):
-        checkpoint.load_trainables(path, other)
-    projector = trainables(5)["projector"]
-    checkpoint.load_trainables(path, projector, "projector.")
-    assert all(torch.equal(a, b) for a, b in zip(projector.parameters(), trained()[0]["projector"].parameters(),
-                                                 strict=True))
-
-
-def test_another_config_is_refused_by_key(config: Config, tiny_world: tiny.Tiny, tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, config, STATE, *trained())
-    checkpoint.check_same_config(path, config)
-    free = ("run_dir=/other", "train.max_steps=99", "eval.beams=4", "parallel.llm=replicated", "data.workers=2",
-            "data.test=[]", "train.save_every=3", "tracking.mlflow=true", "pool.top_k=2")
-    checkpoint.check_same_config(path, tiny_world.config(*free))
-    bound = {"pool.prompts": "11", "train.seed": "4", "data.batch_tokens": "99", "model.after_audio": "'{instruction}'",
-             "projector.hidden": "40", "train.learning_rate": "0.02"}
-    for key, value in bound.items():
-        with pytest.raises(ConfigError, match=rf"belongs to another config; these keys differ: {key}\. Choose"):
-            checkpoint.check_same_config(path, tiny_world.config(f"{key}={value}"))
-    with pytest.raises(ConfigError, match=r"data\.train"):
-        checkpoint.check_same_config(path, tiny_world.config("data.train[0].weight=5"))
-
-
 # --- meter ----------------------------------------------------------------------------------------
 
 
@@ -270,10 +137,9 @@ def output(tokens: list[int], losses: list[float], indices: list[list[int]]) -> 
 def test_the_meter_reports_means_over_tokens_and_rows() -> None:
     meter = Meter(4, torch.device("cpu"))
     first, second = output([3, 5], [6.0, 20.0], [[0, 1], [0, 3]]), output([2], [1.0], [[1, -1]])
-    applied, left_out = torch.tensor(True), torch.tensor(False)
-    meter.add(StepResult([first, second], torch.tensor(1.0), applied, 2, 1e-3), [first[0], second[0]])
+    meter.add(StepResult([first, second], torch.tensor(1.0), True, False, 2, 1e-3), [first[0], second[0]])
     bad = dataclasses.replace(second[0], skipped=[SkippedSample("x", "y", "z")] * 3)
-    meter.add(StepResult([second], torch.tensor(torch.nan), left_out, 2, 1e-3), [bad])
+    meter.add(StepResult([second], torch.tensor(torch.nan), False, False, 2, 1e-3), [bad])
     meter.waited(0.25)
     metrics = meter.report()
     assert metrics["loss"] == pytest.approx((26 + 1 + 1) / (8 + 2 + 2))
@@ -286,6 +152,29 @@ def test_the_meter_reports_means_over_tokens_and_rows() -> None:
     assert metrics["waiting_share"] > 0 and metrics["clips_per_second"] > 0
     after = meter.report()
     assert after["loss"] == 0 and after["effective_prompts"] == 0 and after["skipped_samples"] == 3
+
+
+def test_the_meter_goes_on_from_a_checkpoint() -> None:
+    """Stopped between two reports, the next report is that of the unbroken run."""
+    batches = [output([3, 5], [6.1, 20.3], [[0, 1], [0, 3]]), output([2], [1.7], [[1, -1]]),
+               output([4], [0.9], [[2, 3]])]
+
+    def add(meter: Meter, chosen: list[tuple[Batch, ModelOutput]]) -> Meter:
+        for batch in chosen:
+            meter.add(StepResult([batch], torch.tensor(1.0), batch is not batches[1], False, 2, 1e-3), [batch[0]])
+        return meter
+
+    device = torch.device("cpu")
+    unbroken = add(Meter(4, device, 5), batches)
+    stopped = add(Meter(4, device, 5), batches[:2])
+    state = json.loads(json.dumps(stopped.state()))
+    assert add(stopped, batches[2:]).report()["loss"] == pytest.approx(unbroken.state()["sums"]["token_loss"] / 14)
+    resumed = add(Meter(4, device, 5, state), batches[2:])
+    ours, theirs = resumed.report(), unbroken.report()
+    timed = {key for key in ours if key.endswith(("second", "seconds")) or key == "waiting_share"}
+    assert {key: value for key, value in ours.items() if key not in timed} == {
+        key: value for key, value in theirs.items() if key not in timed}
+    assert ours["skipped_steps"] == 1 and ours["elapsed_seconds"] < 5
 
 
 def test_effective_number_of_prompts() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from listen_dist.tracking import JsonlTracker, MlflowTracker, Trackers, build_trackers, default_uri
-from tests import tiny
+from tests import launching, tiny
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -22,7 +24,7 @@ def test_jsonl_appends_a_line_a_call(tmp_path: Path) -> None:
         for step in (first, first + 1):
             tracker.log({"loss": step / 3}, step)
             assert json.loads(path.read_text().splitlines()[-1])["loss"] == step / 3  # readable at once
-        tracker.close()
+        tracker.close("FINISHED")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(set(line) == {"step", "time", "loss"} for line in lines)
@@ -33,7 +35,7 @@ def test_a_line_cut_short_by_a_kill_spoils_no_other(tmp_path: Path) -> None:
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     tracker = JsonlTracker(path)
     tracker.log({"loss": 1.5}, 2)
-    tracker.close()
+    tracker.close("FINISHED")
     lines = path.read_text().splitlines()
     assert len(lines) == 3 and json.loads(lines[0])["step"] == 1
     assert json.loads(lines[2]) | {"time": 0} == {"step": 2, "time": 0, "loss": 1.5}
@@ -47,7 +49,7 @@ def test_mlflow_store_is_written_and_goes_on_after_a_restart(tmp_path: Path) -> 
         tracker = MlflowTracker(uri, "tiny", "my-run", {"train.seed": "3", "long": "x" * 900}, tmp_path / "id")
         for step in steps:
             tracker.log({"loss": 1 / step, "odd": math.nan if step == 2 else 1.0}, step)
-        tracker.close(60)
+        tracker.close("FINISHED", 60)
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("tiny")
     assert experiment is not None
@@ -63,7 +65,7 @@ def test_an_unreachable_store_neither_blocks_nor_ends(tmp_path: Path) -> None:
     tracker = MlflowTracker("http://127.0.0.1:9", "tiny", "my-run", {}, tmp_path / "id")
     for step in range(20_000):  # more than the queue takes
         tracker.log({"loss": 1.0}, step)
-    tracker.close(2.0)
+    tracker.close("FINISHED", 2.0)
     assert time.monotonic() - start < 10
     assert not (tmp_path / "id").exists()
 
@@ -72,11 +74,50 @@ def test_a_broken_store_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFi
     (tmp_path / "mlflow.db").write_text("this is no database, and long enough to be one " * 100)
     tracker = MlflowTracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "tiny", "my-run", {}, tmp_path / "id")
     tracker.log({"loss": 1.0}, 1)
-    tracker.close(60)
+    tracker.close("FINISHED", 60)
     tracker.log({"loss": 1.0}, 2)
     said = [record.message for record in caplog.records if record.name == "listen_dist.tracking"]
     assert len(said) == 1 and "metrics go on in metrics.jsonl alone" in said[0]
+    assert not tracker._thread.is_alive()
     assert (tmp_path / "mlflow.db").read_text().startswith("this is no database")
+
+
+def test_a_server_that_comes_late_and_dies(tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real `mlflow server`: down at the start, then there, then killed; nothing waits for it."""
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setattr("listen_dist.tracking.RETRY", 0.5)
+    caplog.set_level(logging.INFO, "listen_dist.tracking")
+    port, store = launching.free_port(), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracker = MlflowTracker(f"http://127.0.0.1:{port}", "tiny", "my-run", {}, tmp_path / "id")
+    tracker.log({"loss": 3.0}, 1)
+    wait_for(lambda: "until it is back" in caplog.text)
+    server = launching.start([launching.BIN / "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1",
+                              "--port", str(port), "--workers", "1"], tmp_path / "server.log")
+    try:
+        wait_for(lambda: "is back" in caplog.text)
+        tracker.log({"loss": 2.0}, 2)
+        wait_for(lambda: tracker._queue.empty())
+    finally:
+        launching.kill_tree(server)
+    start = time.monotonic()
+    for step in range(3, 1000):
+        tracker.log({"loss": 1.0}, step)
+    assert time.monotonic() - start < 1, "logging waited for the server"
+    tracker.close("FINISHED", 15)
+    assert time.monotonic() - start < 20
+    client = MlflowClient(tracking_uri=store)
+    history = client.get_metric_history((tmp_path / "id").read_text(), "loss")
+    assert [(metric.step, metric.value) for metric in history][:1] == [(1, 3.0)]
+    assert len([record for record in caplog.records if "until it is back" in record.message]) == 2
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_the_config_chooses_trackers(tiny_world: tiny.Tiny, tmp_path: Path) -> None:
@@ -84,7 +125,7 @@ def test_the_config_chooses_trackers(tiny_world: tiny.Tiny, tmp_path: Path) -> N
     config = tiny_world.config(f"run_dir={run_dir}")
     trackers = build_trackers(config, {})
     trackers.log({"loss": 1.0}, 1)
-    trackers.close()
+    trackers.close("FINISHED")
     assert sorted(path.name for path in run_dir.iterdir()) == ["metrics.jsonl"]
     assert default_uri(config) == f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
     assert default_uri(tiny_world.config("tracking.uri=http://host:5000")) == "http://host:5000"

@@ -1,0 +1,133 @@
+"""The batch scripts on a real Slurm: two nodes, signalled and requeued in mid-run, and a job that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from listen_dist.data.shards import ShardIndex
+from tests import launching, slurm_cluster, tiny
+from tests.distributed.test_resume import STEPS, read_metrics, reported
+from tests.slurm_cluster import Cluster
+
+pytestmark = pytest.mark.timeout(900)
+
+SCRIPT = "slurm/train_multitask.sh"
+LIMIT = 300.0
+"""Seconds for a job, on a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
+    started = Cluster()
+    yield started
+    started.stop()
+
+
+def until(cluster: Cluster, job: str, log: Path, condition: Callable[[], bool]) -> None:
+    """Wait; a job that Slurm requeued is let go on at once instead of after its two minutes."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        if "BeginTime" in cluster.call("squeue", "-h", "-j", job, "-o", "%r"):
+            cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+        ranks = "\n".join(path.read_text()[-1500:] for path in log.parent.rglob("rank-*.log"))
+        assert time.monotonic() < deadline, f"{log.read_text() if log.exists() else ''}\n{ranks}\n{cluster.logs()}"
+        time.sleep(0.2)
+
+
+def over(cluster: Cluster, job: str) -> Callable[[], bool]:
+    return lambda: cluster.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "")
+
+
+SLOW = """#!/bin/sh
+exec {python} -c '
+import sys, time
+from listen_dist import train
+from tests.distributed import fault_worker
+fault_worker.before(fault_worker.Listen, "forward", lambda *_, **__: time.sleep(0.4))
+sys.exit(train.main(sys.argv[3:]))
+' "$@"
+"""
+"""A Python in which the trainer takes longer for each step: there is time for a signal in mid-run."""
+
+
+def test_signalled_and_requeued_the_run_is_the_unbroken_one(cluster: Cluster, tiny_world: tiny.Tiny,
+                                                            unbroken: Path, tmp_path: Path) -> None:
+    """The signal before the time limit first, then `scontrol requeue`, as a preemption does."""
+    log, run = tmp_path / "job.log", tmp_path / "run"
+    slow = tmp_path / "python"
+    slow.write_text(SLOW.format(python=launching.BIN / "python"))
+    slow.chmod(0o755)
+    job = cluster.submit(log, SCRIPT, tiny_world.config_file, f"run_dir={run}", "train.batches_per_step=2",
+                         "train.save_every=1000", "parallel.health_check=true", python=slow)
+
+    def reached(step: int) -> Callable[[], bool]:
+        return lambda: (run / "metrics.jsonl").is_file() and max(read_metrics(run), default=0) >= step
+
+    until(cluster, job, log, reached(2))
+    cluster.call("scancel", "--signal=USR1", job)  # what --signal does: to the job's steps, not to the script
+    until(cluster, job, log, lambda: "requeued (restart 1)" in log.read_text())
+    first = max(read_metrics(run))
+    until(cluster, job, log, reached(first + 1))
+    cluster.call("scontrol", "requeue", job)
+    until(cluster, job, log, over(cluster, job))
+    rank = (tmp_path / "ranks" / job / "rank-0.log").read_text()
+    assert cluster.state(job) == "COMPLETED", log.read_text() + rank[-3000:]
+    assert "SIGUSR1: finishing this step" in rank and "SIGTERM: finishing this step" in rank
+    began = [int(step) for step in re.findall(r"going on from \S+/step-(\d+)", rank)]
+    assert len(began) == 2 and began[0] == first < began[1] < STEPS, began
+    assert log.read_text().splitlines()[-1] == f"finished; logs of the ranks: {tmp_path / 'ranks' / job}"
+    ours, theirs = read_metrics(run), read_metrics(unbroken / "run")
+    assert sorted(ours) == sorted(theirs)
+    for step, line in theirs.items():
+        assert reported(ours[step]) == reported(line), f"step {step}"
+    other = (tmp_path / "ranks" / job / "rank-1.log").read_text()
+    assert "rank 1 of 2 holds" in rank and other.count("finishing this step") == 2
+    assert re.search(r"health: 1 pairs of nodes exchange at a median of \d+\.\d\d GB/s", rank)
+
+
+def test_a_failing_job_says_why_in_its_first_line(cluster: Cluster, tiny_world: tiny.Tiny, tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    job = cluster.submit(log, SCRIPT, tiny_world.config_file, f"run_dir={tmp_path / 'run'}", "train.max_stepz=3")
+    until(cluster, job, log, over(cluster, job))
+    lines = log.read_text().splitlines()
+    assert lines[0] == ("error: command line: unknown key 'train.max_stepz'; the nearest known one is "
+                        "'train.max_steps'"), log.read_text()
+    assert "failed with code 2" in log.read_text() and cluster.state(job) == "FAILED"
+
+
+def test_evaluate(cluster: Cluster, tiny_world: tiny.Tiny, unbroken: Path, tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    job = cluster.submit(log, "slurm/evaluate.sh", unbroken / "run/config.yaml", "--out", tmp_path / "out")
+    until(cluster, job, log, over(cluster, job))
+    assert cluster.state(job) == "COMPLETED", log.read_text()
+    results: dict[str, Any] = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["ranks"] == 2
+    assert sum(task["samples"] for task in results["tasks"].values()) == sum(
+        entry.samples for entry in ShardIndex.load(tiny_world.test).shards)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_the_scripts_are_clean() -> None:
+    scripts = sorted(str(path) for path in (launching.ROOT / "slurm").glob("*.sh"))
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=launching.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_scripts_repeat_nothing_of_the_config() -> None:
+    """No GPU count, port, host name or config key stands in them."""
+    for path in (launching.ROOT / "slurm").glob("*.sh"):
+        text = re.sub(r"^#.*", "", path.read_text(), flags=re.M)
+        assert not re.search(r"\b(train|data|model|pool|parallel)\.(?!py)|run_dir|29500|localhost|--gpus", text), path
+    assert os.access(launching.ROOT / SCRIPT, os.X_OK)
