@@ -28,7 +28,7 @@ from tests.launching import ROOT
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
 
-SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "model:" in path.read_text())
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 MULTITASK = ROOT / "configs/multitask_7b.yaml"
 LLAMA_7B = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "vocab_size": 32000,
             "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
