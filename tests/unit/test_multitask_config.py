@@ -26,9 +26,9 @@ from listen_dist.tasks import TASKS
 from tests import launching, tiny
 from tests.launching import ROOT
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
 
-SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "model:" in path.read_text())
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 MULTITASK = ROOT / "configs/multitask_7b.yaml"
 LLAMA_7B = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "vocab_size": 32000,
             "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -155,7 +155,7 @@ def test_it_trains_two_steps_on_two_ranks(tiny_world: tiny.Tiny, sets: dict[str,
                  "parallel.max_live_parameters=1000"]
         if name == "one":
             words += ["parallel.llm=replicated", "model.checkpointing=false"]
-        output = launching.run(words, 250).check().output
+        output = launching.run(words, 400).check().output
         assert "step 2/2 | loss" in output and "audio encoder " in output
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses[name] = [[json.loads(line)[key] for key in ("loss", "match_loss", "grad_norm")] for line in lines]
