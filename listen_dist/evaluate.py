@@ -23,7 +23,6 @@ from typing import Any
 
 from listen_dist import config as configuration
 from listen_dist import dist, logs
-from listen_dist.config import Config, ConfigError, SetConfig
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint
 from listen_dist.engine.assembly import assemble, with_pool_tasks
@@ -34,6 +33,7 @@ from listen_dist.evaluation.placement import placed
 from listen_dist.evaluation.predictions import PartialFile, Prediction
 from listen_dist.evaluation.results import check_same_model, provenance, table, untrained_tasks
 from listen_dist.evaluation.scoring import check_references, entry_for
+from listen_dist.schema import Config, ConfigError, SetConfig
 from listen_dist.structures import SkippedSample
 
 logger = logging.getLogger("listen_dist.evaluate")

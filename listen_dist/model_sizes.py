@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from listen_dist.config import Config, ConfigError, ProjectorConfig
+from listen_dist.schema import Config, ConfigError, ProjectorConfig
 from listen_dist.structures import ENCODER_RATE
 
 BEATS_PARAMETERS, BEATS_WIDTH, BEATS_HEADS = 90_311_792, 768, 12

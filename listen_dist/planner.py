@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from listen_dist import config as configuration
-from listen_dist.config import Config, ConfigError
 from listen_dist.model_sizes import BEATS_HEADS, LLMSize, Sizes, sizes_of, window_frames
+from listen_dist.schema import Config, ConfigError
 from listen_dist.structures import ENCODER_RATE
 
 MIB, GIB = 2**20, 2**30

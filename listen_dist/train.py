@@ -26,7 +26,6 @@ import torch
 
 from listen_dist import config as configuration
 from listen_dist import dist, logs, tracking
-from listen_dist.config import Config, ConfigError
 from listen_dist.data.loader import find_filler, training_steps
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.shards import ShardError
@@ -46,6 +45,7 @@ from listen_dist.engine.watchdog import Watchdog
 from listen_dist.evaluation.dev import DevHistory, evaluate_dev
 from listen_dist.model_sizes import Sizes, count, llm_size
 from listen_dist.planner import Cluster, plan_memory
+from listen_dist.schema import Config, ConfigError
 from listen_dist.structures import Batch, LoaderState
 
 logger = logging.getLogger("listen_dist.train")
@@ -73,10 +73,6 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.config.run_dir)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Config:

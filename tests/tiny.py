@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from listen_dist import config as configuration
-from listen_dist.config import Config
 from listen_dist.data.shard_writer import shard_name, write_index, write_shard
 from listen_dist.data.shards import FeatureInfo, ShardIndex
 from listen_dist.models import beats
+from listen_dist.schema import Config
 from listen_dist.structures import SAMPLE_RATE, AudioSample, Record
 
 WORDS = ("the", "quick", "agent", "line", "is", "busy", "please", "hold", "your", "call", "now", "forward")

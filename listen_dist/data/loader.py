@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from listen_dist.config import DataConfig
 from listen_dist.data.augment import Augmenter
 from listen_dist.data.collate import Prepared, collate
 from listen_dist.data.features import Fbank, LogMel
@@ -36,6 +35,7 @@ from listen_dist.data.schedule import TokenCost, plan_batches, plan_once
 from listen_dist.data.shard_members import ShardError, Want
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
+from listen_dist.schema import DataConfig
 from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch, LoaderState, Record, SkippedSample
 from listen_dist.tasks import choices_for
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from listen_dist import dist
-from listen_dist.config import Config, ConfigError, SetConfig
 from listen_dist.data.augment import Augmenter
 from listen_dist.data.features import Fbank, LogMel
 from listen_dist.data.loader import BatchReader
@@ -26,6 +25,7 @@ from listen_dist.models.llm import DTYPES, embedding_stats, load_llm, load_token
 from listen_dist.models.lora import add_lora
 from listen_dist.models.projector import build_projector
 from listen_dist.models.rivals import TaskPool, build_pool
+from listen_dist.schema import Config, ConfigError, SetConfig
 from listen_dist.structures import ENCODER_RATE
 
 

@@ -29,7 +29,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from listen_dist.config import Config, ConfigError, differences, load, to_yaml
+from listen_dist.config import differences, load, to_yaml
+from listen_dist.schema import Config, ConfigError
 from listen_dist.structures import LoaderState
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from listen_dist.config import Config, ConfigError, differences, load
+from listen_dist.config import differences, load
 from listen_dist.data.shard_members import ShardError
 from listen_dist.data.shards import ShardIndex
+from listen_dist.schema import Config, ConfigError
 
 PACKAGES = ("jiwer", "whisper-normalizer", "sacrebleu", "aac-metrics", "torch", "transformers")
 FREE = ("model.attention", "model.dtype", "model.seed", "pool.top_k", "pool.backend", "pool.train_k_max",

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from listen_dist import logs
-from listen_dist.config import ModelConfig
 from listen_dist.models.encoders import check_model_folder
+from listen_dist.schema import ModelConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

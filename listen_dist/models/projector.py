@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
-from listen_dist.config import ProjectorConfig
+from listen_dist.schema import ProjectorConfig
 from listen_dist.structures import ENCODER_RATE
 
 

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 
 from listen_dist import config as configuration
 from listen_dist import dist
-from listen_dist.config import Config
 from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import assemble
 from listen_dist.engine.optim import build_optimizer
@@ -33,6 +32,7 @@ from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.engine.step import train_step
 from listen_dist.models.llm import recompute_activations
 from listen_dist.planner import Shape
+from listen_dist.schema import Config
 
 
 def anonymous() -> int:

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from listen_dist.config import ProjectorConfig
 from listen_dist.data.features import Fbank
 from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.models.beats import BeatsEncoder, implementation, load_audio_encoder
 from listen_dist.models.encoders import join_frames
 from listen_dist.models.projector import JoinedNorm, build_projector
+from listen_dist.schema import ProjectorConfig
 from tests import tiny
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]

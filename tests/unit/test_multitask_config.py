@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from listen_dist import config as configuration
-from listen_dist.config import Config
 from listen_dist.data.loader import find_filler, training_steps
 from listen_dist.engine.assembly import assemble
 from listen_dist.engine.optim import build_optimizer
@@ -21,6 +20,7 @@ from listen_dist.engine.step import train_step
 from listen_dist.model_sizes import count
 from listen_dist.models.projector import build_projector
 from listen_dist.models.prompt_pool import PromptPool
+from listen_dist.schema import Config
 from listen_dist.structures import LoaderState, Record
 from listen_dist.tasks import TASKS
 from tests import launching, tiny

@@ -16,11 +16,11 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from listen_dist import config as configuration
 from listen_dist import model_sizes, planner
-from listen_dist.config import Config, ProjectorConfig
 from listen_dist.model_sizes import count, llm_size, projector_size, sizes_of, whisper_size
 from listen_dist.models.beats import implementation
 from listen_dist.models.projector import build_projector
 from listen_dist.planner import GIB, Cluster, MemoryPlan, Shape, cures, plan_memory, plan_step
+from listen_dist.schema import Config, ProjectorConfig
 from tests import launching, tiny
 from tests.launching import ROOT
 
