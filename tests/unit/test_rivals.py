@@ -11,9 +11,9 @@ from torch.func import functional_call
 
 from listen_dist.data.schedule import SampleRef
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
+from listen_dist.model_sizes import count
 from listen_dist.models.llm import load_llm
 from listen_dist.models.rivals import build_pool
-from listen_dist.planner import count
 from listen_dist.schema import Config, ConfigError
 from tests import plain, tiny
 
