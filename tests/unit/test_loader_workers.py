@@ -80,7 +80,8 @@ def test_a_dead_worker_is_an_error_within_seconds_and_closing_leaves_none(
         monkeypatch.setattr(program, "parse_arguments", lambda _: ())
         monkeypatch.setattr(program, part, fail)
         assert program.main([]) == 2
-        assert re.search(r"(?m)^error: DataLoader worker .*(killed|exited).*\nA loader process died", capsys.readouterr().err)
+        told = capsys.readouterr().err
+        assert re.search(r"(?m)^error: DataLoader worker .*(killed|exited).*\nA loader process died", told)
 
 
 def end_of(batches: Iterator[Batch], victim: int) -> tuple[type[Exception], str]:
