@@ -21,10 +21,13 @@ class Prepared:
     seconds: float
     choices: tuple[str, ...] = ()
     choice_ids: tuple[list[int], ...] = ()
+    fbank: torch.Tensor | None = None
+    """float32 [M, 128] for the audio encoder, where there is one and the features are not stored."""
 
 
 def collate(samples: list[Prepared], is_features: bool, skipped: list[SkippedSample]) -> Batch:
     """Pad to the longest row, keep true lengths. No sample gives an empty batch that names what was skipped."""
+    fbanks = [sample.fbank for sample in samples if sample.fbank is not None]
     time = 0 if is_features else 1
     lengths = [sample.audio.shape[time] for sample in samples]
     return Batch(
@@ -40,6 +43,8 @@ def collate(samples: list[Prepared], is_features: bool, skipped: list[SkippedSam
         choices=[sample.choices for sample in samples],
         choice_ids=[list(sample.choice_ids) for sample in samples],
         skipped=skipped,
+        fbank=_pad(fbanks, 0) if fbanks else None,
+        fbank_lengths=torch.tensor([len(bank) for bank in fbanks], dtype=torch.long) if fbanks else None,
     )
 
 

@@ -17,12 +17,12 @@ import torch.distributed
 
 from listen_dist import config as configuration
 from listen_dist import dist
-from listen_dist.config import Config
 from listen_dist.data.loader import find_filler, training_steps
 from listen_dist.engine.assembly import assemble
 from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.engine.step import train_step
+from listen_dist.schema import Config
 from listen_dist.structures import LoaderState
 
 WARM_UP, COUNTED = 2, 3
@@ -42,7 +42,7 @@ def run(config: Config, interface: str) -> dict[str, object]:
     replicated = ReplicatedTrainables(parts.model.trainable)
     optimizer = build_optimizer(parts.model.trainable, config.train)
     reader = parts.reader(config.data.train, with_targets=True)
-    steps = training_steps(reader, [entry.weight for entry in config.data.train], parts.token_cost(config.pool.k_max),
+    steps = training_steps(reader, parts.mixture(reader), parts.token_cost(config.pool.k_max),
                            config.data, config.train.seed, dist.world_size(), dist.rank(), dist.world_size(),
                            LoaderState())
     before = 0

@@ -13,7 +13,6 @@ import pytest
 from torch.utils.data import Dataset
 
 from listen_dist import evaluate, train
-from listen_dist.config import SetConfig
 from listen_dist.data.collate import collate
 from listen_dist.data.features import LogMel
 from listen_dist.data.loader import BatchReader, LoaderError, _batches, training_steps
@@ -23,6 +22,7 @@ from listen_dist.data.schedule import TokenCost
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.models.llm import load_tokenizer
+from listen_dist.schema import SetConfig
 from listen_dist.structures import Batch, LoaderState
 from tests import tiny
 
@@ -80,8 +80,8 @@ def test_a_dead_worker_is_an_error_within_seconds_and_closing_leaves_none(
         monkeypatch.setattr(program, "parse_arguments", lambda _: ())
         monkeypatch.setattr(program, part, fail)
         assert program.main([]) == 2
-        told = capsys.readouterr().err
-        assert re.search(r"(?m)^error: DataLoader worker .*(killed|exited).*\nA loader process died", told)
+        said = capsys.readouterr().err
+        assert re.search(r"(?m)^error: DataLoader worker .*(killed|exited).*\nA loader process died", said)
 
 
 def end_of(batches: Iterator[Batch], victim: int) -> tuple[type[Exception], str]:
