@@ -227,9 +227,10 @@ def _batches(reader: BatchReader, sampler: object, workers: int, pin_memory: boo
     except Exception as error:
         if isinstance(error, RuntimeError) and (died := LoaderError.of(error)):
             raise died from error
-        if workers:
-            raise _message_first(error) from None
-        raise
+        if not workers:
+            raise
+        # Its frames in this process would keep the other workers alive.
+        raise _message_first(error.with_traceback(None)) from None
 
 
 def _message_first(error: Exception) -> Exception:
