@@ -42,6 +42,11 @@ class ModelConfig:
     """Text between the audio and the target; `{instruction}` is replaced for each clip."""
     seed: int = 0
     """Seed of the initial pool and projector."""
+    init_from: str | None = None
+    """An export (tools/export.py), checkpoint or run folder whose weights to start from, trained on the same frozen
+    models. A run that goes on from a checkpoint of its own doesn't read it."""
+    init_projector: bool = True
+    """Take the projector too; otherwise the pool alone, which only needs the same LLM."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,9 @@ class ProjectorConfig:
     """`least_squares`: solve the last layer once, before the first step, so that a window comes out
     near the embedding of the target token spoken then, or of the whole answer (see engine/warm_start.py)."""
     freeze: bool = False
-    """Leave only the pool to learn; give `init_from` with it."""
+    """Leave only the pool to learn; give `init_from` or `model.init_from` with it."""
     init_from: str | None = None
-    """A checkpoint folder whose projector to start from."""
+    """An export, checkpoint or run folder whose projector alone to start from."""
 
 
 @dataclass(frozen=True)
@@ -493,10 +498,15 @@ def check(config: Config) -> None:
              "with pool.selection = 'none' and no LoRA leaves nothing to learn")
     _require(projector.kind == "mlp" or projector.hidden % projector.heads == 0, "projector.hidden",
              projector.hidden, f"must be a multiple of projector.heads = {projector.heads}")
-    _require(not projector.freeze or projector.init_from is not None, "projector.freeze", True,
-             "needs projector.init_from: a frozen random projector cannot learn")
-    _require(projector.init_from is None or projector.start == "random", "projector.start", projector.start,
-             "would overwrite what projector.init_from loads; give one of the two")
+    from_model = config.model.init_from is not None and config.model.init_projector
+    loaded_by = "model.init_from" if from_model else "projector.init_from"
+    loads_projector = from_model or projector.init_from is not None
+    _require(not projector.freeze or loads_projector, "projector.freeze", True,
+             "needs projector.init_from or model.init_from: a frozen random projector cannot learn")
+    _require(not loads_projector or projector.start == "random", "projector.start", projector.start,
+             f"would overwrite what {loaded_by} loads; give one of the two")
+    _require(not from_model or projector.init_from is None, "projector.init_from", projector.init_from,
+             "model.init_from brings a projector too; set model.init_projector=false, or give one of the two")
     _require("{instruction}" in config.model.after_audio, "model.after_audio", config.model.after_audio,
              "must hold {instruction}, else every task gets the same question")
     for key, beta in (("train.beta1", train.beta1), ("train.beta2", train.beta2)):
