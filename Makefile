@@ -12,7 +12,9 @@ export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo c
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-SETS := asr asr_synthetic language_id speaker_verification speech_qa caption
+SETS := asr language_id speaker_verification speech_qa caption
+SHARD = $(BIN)/python tools/shard_dataset.py --separate --overwrite --features speech \
+  --speech-encoder assets/models/whisper-tiny.en --workers $(RANKS)
 .PHONY: help setup models recordings shards train evaluate quickstart demo comparison report test faults ledger lint clean
 
 help:  ## this list
@@ -23,7 +25,7 @@ setup: $(VENV)/installed  ## the environment in .venv
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch, deepspeed and the rest into $(VENV) (about 6 GB, a few minutes) ..."
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[audio,demo,test]'
 	@touch $@
 
 models: setup  ## the demo LLM and speech encoder
@@ -32,11 +34,9 @@ models: setup  ## the demo LLM and speech encoder
 recordings: setup  ## recorded prompts and sound effects, and their manifests
 	$(BIN)/python tools/prepare/phone_prompts.py
 	$(BIN)/python tools/prepare/sound_effects.py
-	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 1000
 
 shards: models recordings  ## manifests to tar shards with stored encoder features
-	$(BIN)/python tools/shard_dataset.py $(SETS:%=assets/manifests/%.*.jsonl) assets/shards --separate --overwrite \
-	  --features speech --speech-encoder assets/models/whisper-tiny.en --workers $(RANKS)
+	$(SHARD) $(SETS:%=assets/manifests/%.*.jsonl) assets/shards
 
 train: shards  ## train configs/quickstart.yaml (goes on where it stopped)
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/quickstart.yaml
@@ -51,7 +51,9 @@ quickstart: evaluate  ## all of it, from nothing to a table of results
 	@echo "Curves:  $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"
 	@echo "Next:    the README's section 'Going on'."
 
-demo: shards  ## train configs/demo_full.yaml, the same for longer, and score it
+demo: shards  ## train configs/demo_full.yaml, longer and with synthetic speech, and score it
+	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 4000
+	$(SHARD) assets/manifests/asr_synthetic.*.jsonl assets/shards
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/demo_full.yaml
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/demo_full.yaml
 

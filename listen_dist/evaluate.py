@@ -23,10 +23,9 @@ from typing import Any
 
 from listen_dist import config as configuration
 from listen_dist import dist, logs
-from listen_dist.config import Config, ConfigError, SetConfig
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint
-from listen_dist.engine.assembly import assemble
+from listen_dist.engine.assembly import assemble, with_pool_tasks
 from listen_dist.engine.checkpoint import CheckpointError
 from listen_dist.evaluation import predictions as files
 from listen_dist.evaluation.decoding import Decoder
@@ -34,6 +33,7 @@ from listen_dist.evaluation.placement import placed
 from listen_dist.evaluation.predictions import PartialFile, Prediction
 from listen_dist.evaluation.results import check_same_model, provenance, table, untrained_tasks
 from listen_dist.evaluation.scoring import check_references, entry_for
+from listen_dist.schema import Config, ConfigError, SetConfig
 from listen_dist.structures import SkippedSample
 
 logger = logging.getLogger("listen_dist.evaluate")
@@ -105,6 +105,7 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
     logs.setup()
     path = checkpoint.resolve(Path(arguments.checkpoint or config.run_dir))
     state = checkpoint.read_state(path)
+    config = with_pool_tasks(config)
     splits = {split: sets_of(config, split) for split in config.eval.splits}
     saved = check_same_model(path, config)
     parts = assemble(config, device)
@@ -118,12 +119,12 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
             fingerprints = {entry.path: index.fingerprint for entry, index in zip(sets, indexes, strict=True)}
             if len(set(fingerprints.values())) < len(sets):
                 raise ConfigError(f"data.{split}: names a set twice, whose samples would count twice; name it once")
-            origin = provenance(config, path, split, fingerprints)
+            origin = provenance(config, path, split, fingerprints) | {
+                "k": parts.model.pool.prompt_tokens(config.pool.k)}
             partial = out / f"partial.{split}"
             predictions, skipped = decode_split(decoder, sets, origin, partial)
             suffix = "" if len(splits) == 1 else f".{split}"
-            facts = {"step": state.step, **origin, "k": parts.model.pool.prompt_tokens(config.pool.k),
-                     "ranks": dist.world_size(), "llm": "whole" if whole else "sharded"}
+            facts = {"step": state.step, **origin, "ranks": dist.world_size(), "llm": "whole" if whole else "sharded"}
             dist.on_main(score_and_write, out, suffix, facts, saved, predictions, skipped)
             dist.on_main(files.clear, partial)
     return 0

@@ -46,6 +46,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights (default: as trained)")
     parser.add_argument("--llm", metavar="DIR", help="where the LLM lies here, if not where it was in training")
     parser.add_argument("--speech-encoder", metavar="DIR", help="the same for the speech encoder")
+    parser.add_argument("--audio-encoder", metavar="FILE", help="the same for the audio encoder, if it has one")
     arguments = parser.parse_args(argv)
     arguments.task = arguments.task or ("speech_qa" if arguments.instruction else "asr")
     arguments.choices = tuple(choice.strip() for choice in arguments.choices.split(",") if choice.strip())

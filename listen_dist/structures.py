@@ -78,7 +78,8 @@ class Batch:
     """A micro-batch, padded to its own longest row, with true lengths.
 
     `audio` holds either log-mel spectrograms [B, 80 or 128, M] (M mel frames, 100 a
-    second) or, when `is_features`, stored encoder frames [B, F, E].
+    second) or, when `is_features`, stored encoder frames [B, F, E]. `fbank` is the audio
+    encoder's input beside a log-mel: Kaldi filterbanks [B, M, 128] (100 frames a second).
     """
 
     ids: list[str]
@@ -95,6 +96,8 @@ class Batch:
     choice_ids: list[list[list[int]]] = field(default_factory=list)
     """Its tokens, EOS included: a row, a choice, a token."""
     skipped: list[SkippedSample] = field(default_factory=list)
+    fbank: torch.Tensor | None = None
+    fbank_lengths: torch.Tensor | None = None  # [B] int64, true filterbank frames
 
     @property
     def target_tokens(self) -> int:

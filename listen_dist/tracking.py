@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from listen_dist.config import Config
+from listen_dist.schema import Config
 
 logger = logging.getLogger(__name__)
 

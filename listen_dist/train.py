@@ -26,7 +26,6 @@ import torch
 
 from listen_dist import config as configuration
 from listen_dist import dist, logs, tracking
-from listen_dist.config import Config, ConfigError
 from listen_dist.data.loader import find_filler, training_steps
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.shards import ShardError
@@ -44,7 +43,9 @@ from listen_dist.engine.step import NonFiniteError, StepResult, train_step
 from listen_dist.engine.warm_start import fit_last_layer
 from listen_dist.engine.watchdog import Watchdog
 from listen_dist.evaluation.dev import DevHistory, evaluate_dev
-from listen_dist.planner import count, llm_size, plan_memory
+from listen_dist.model_sizes import Sizes, count, llm_size
+from listen_dist.planner import Cluster, plan_memory
+from listen_dist.schema import Config, ConfigError
 from listen_dist.structures import Batch, LoaderState
 
 logger = logging.getLogger("listen_dist.train")
@@ -142,7 +143,7 @@ def set_up(config: Config, device: torch.device, stop: StopRequest) -> Run:
 
 def start_anew(parts: Parts) -> None:
     """Initial weights that are not from a seed: an earlier run's, and least squares for the projector."""
-    exports.start_from(parts.config, parts.model.trainable, parts.model.encoder)
+    exports.start_from(parts.config, parts.model.trainable, exports.encoder_fingerprints(parts.model))
     if parts.config.projector.start == "least_squares":
         fit_last_layer(parts.model, clips_of_any_rank(parts))
 
@@ -162,16 +163,22 @@ def summarize(run: Run) -> None:
     model, config = run.parts.model, run.config
     size = llm_size(config.model.llm)
     pool, projector, learned = count(model.pool), count(model.projector), count(model.trainable)
+    audio = model.audio_encoder
+    # The planner counts LoRA's adapters with the pool.
+    sizes = Sizes(size, count(model.encoder), model.encoder.width, count(audio) if audio else 0,
+                  audio.width if audio else 0, projector, learned - projector)
     frozen_projector = " (frozen)" if config.projector.freeze else ""
     held = dist.gather_objects(run.parts.sharding.bytes_held())
     adapters = f", LoRA {learned - pool - projector:,}" if config.lora.rank else ""
     logger.info("learned parameters: pool %s (%.3f %% of the LLM), projector %s%s%s", f"{pool:,}",
                 100 * pool / size.parameters, f"{projector:,}", frozen_projector, adapters)
-    logger.info("frozen parameters: LLM %s, speech encoder %s", f"{size.parameters:,}", f"{count(model.encoder):,}")
+    logger.info("frozen parameters: LLM %s, speech encoder %s, audio encoder %s", f"{size.parameters:,}",
+                f"{sizes.speech_parameters:,}", f"{sizes.audio_parameters:,}")
     for rank, size_held in enumerate(held):
         logger.info("rank %d of %d holds %.1f MiB of the LLM (parallel.llm = %s), all of the rest, on %s",
                     rank, len(held), size_held / 2**20, config.parallel.llm, model.device)
-    plan = plan_memory(config, size, dist.world_size(), count(model.encoder), learned)
+    cluster = Cluster(dist.world_size(), len(dist.node_ranks(config.parallel.node_size)[0]))
+    plan = plan_memory(config, sizes, cluster, config.parallel.llm)
     for line in plan.lines():
         logger.info(line)
 
@@ -210,7 +217,8 @@ def train(run: Run) -> None:
         last, stopping = run.state.step >= run.last_step, result.stop
         if run.state.step % config.train.checksum_every == 0 or last or stopping:
             run.replicated.prove_equal(run.state.step)
-        is_best = bool(evaluate_every) and run.state.step % evaluate_every == 0 and evaluate(run, history)
+        is_best = (bool(evaluate_every) and run.state.step % evaluate_every == 0 and not stopping
+                   and evaluate(run, history))
         if run.state.step % config.train.save_every == 0 or last or stopping or is_best:
             run.state = replace(run.state, finished=last, meter=meter.state())
             save(run)

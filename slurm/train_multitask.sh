@@ -32,6 +32,9 @@ if [[ $code -eq 0 ]]; then
 elif [[ $code -eq 75 && $state == RUNNING ]]; then
   echo "saved on a signal; requeued (restart $((restarts + 1)))"
   scontrol requeue "$SLURM_JOB_ID"
+elif [[ $code -eq 75 ]]; then
+  echo "saved; Slurm itself ends or requeues this job"
+  exit "$code"
 elif [[ ($code -eq 76 || $code -ge 128) && $state == RUNNING && $restarts -lt $MAX_RESTARTS ]]; then
   report_failure
   echo "a rank was lost; requeued (restart $((restarts + 1)) of at most $MAX_RESTARTS)"

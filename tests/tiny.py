@@ -25,9 +25,10 @@ from transformers import (
 )
 
 from listen_dist import config as configuration
-from listen_dist.config import Config
 from listen_dist.data.shard_writer import shard_name, write_index, write_shard
 from listen_dist.data.shards import FeatureInfo, ShardIndex
+from listen_dist.models import beats
+from listen_dist.schema import Config
 from listen_dist.structures import SAMPLE_RATE, AudioSample, Record
 
 WORDS = ("the", "quick", "agent", "line", "is", "busy", "please", "hold", "your", "call", "now", "forward")
@@ -47,6 +48,11 @@ class Tiny:
     @property
     def encoder(self) -> Path:
         return self.root / "whisper"
+
+    @property
+    def audio_encoder(self) -> Path:
+        """A BEATs checkpoint; not part of `config_file`."""
+        return self.root / "beats.pt"
 
     @property
     def speech(self) -> Path:
@@ -138,6 +144,28 @@ def build_encoder(folder: Path) -> None:
         decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None)
     WhisperModel(config).save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+
+
+def build_audio_encoder(file: Path) -> None:
+    """A random BEATs of width 24 in the authors' checkpoint format: sizes and weights, weight norm in two parts."""
+    torch.manual_seed(3)
+    cfg = {"input_patch_size": 16, "embed_dim": 16, "conv_bias": False, "encoder_layers": 2, "encoder_embed_dim": 24,
+           "encoder_ffn_embed_dim": 48, "encoder_attention_heads": 4, "layer_norm_first": False,
+           "deep_norm": True, "conv_pos": 16, "conv_pos_groups": 4, "relative_position_embedding": True,
+           "num_buckets": 32, "max_distance": 80, "gru_rel_pos": True, "activation_fn": "gelu"}
+    speechbrain = beats.implementation()
+    encoder = speechbrain.TransformerEncoder(speechbrain.BEATsConfig(cfg)).requires_grad_(False)
+    for p in encoder.parameters():
+        if p.dim() > 1:
+            p.normal_(std=0.15)
+    weights = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    for old, new in (("original0", "weight_g"), ("original1", "weight_v")):
+        weights[f"encoder.pos_conv.0.{new}"] = weights.pop(f"encoder.pos_conv.0.parametrizations.weight.{old}")
+    shapes = {"patch_embedding.weight": (16, 1, 16, 16), "layer_norm.bias": (16,),
+              "post_extract_proj.weight": (24, 16), "post_extract_proj.bias": (24,)}
+    weights |= {name: 0.15 * torch.randn(shape) for name, shape in shapes.items()}
+    weights["layer_norm.weight"] = 1 + 0.15 * torch.randn(16)
+    torch.save({"cfg": cfg, "model": weights}, file)
 
 
 # --- data -----------------------------------------------------------------------------------------

@@ -43,7 +43,6 @@ import webdataset
 from torch.utils.data import DataLoader, Dataset
 
 from listen_dist import config as configuration
-from listen_dist.config import Config
 from listen_dist.data.collate import Prepared, collate
 from listen_dist.data.decode import decode_audio
 from listen_dist.data.features import LogMel
@@ -57,6 +56,7 @@ from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.engine.meter import imbalance
 from listen_dist.models.llm import load_tokenizer
+from listen_dist.schema import Config
 from listen_dist.structures import ENCODER_RATE, SAMPLE_RATE, Batch, LoaderState
 
 BATCH = 16

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from listen_dist import Listener
-from listen_dist.data.collate import Prepared, collate
+from listen_dist.data.collate import collate
 from listen_dist.data.decode import AudioError, decode_audio
 from listen_dist.data.manifest import read_manifest
 from listen_dist.engine.checkpoint import CheckpointError
@@ -62,6 +62,7 @@ class Bench:
     """
 
     def __init__(self, listener: Listener, waves: Sequence[np.ndarray], texts: Sequence[str]) -> None:
+        self._listener = listener
         self._parts = listener.parts
         self._k = listener.config.pool.k
         self._waves = waves
@@ -82,14 +83,12 @@ class Bench:
         return Row(way, batch, len(self._waves) / seconds, seconds / self._seconds, first, peak_mib())
 
     def _run(self, group: Sequence[int], filled: bool, tokens: int | None = None) -> None:
-        record = Ask().record
         samples = []
         for i in group:
             wave = self._waves[i]
             if filled:
                 wave = np.pad(wave, (0, 30 * SAMPLE_RATE - len(wave)))
-            samples.append(Prepared(record, self._parts.log_mel(wave), self._parts.text.after_ids(record), [],
-                                    len(wave) / SAMPLE_RATE))
+            samples.append(self._listener.prepare(wave, Ask()))
         limits = [tokens or self._limits[i] for i in group]
         # No EOS before a row's own limit, where the model puts one.
         self._parts.model.generate(collate(samples, is_features=False, skipped=[]), self._k, limits,

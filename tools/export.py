@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from listen_dist import config as configuration
-from listen_dist.config import ConfigError
 from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.checkpoint import CheckpointError
+from listen_dist.models.beats import load_audio_encoder
 from listen_dist.models.encoders import load_speech_encoder
-from listen_dist.models.llm import DTYPES
+from listen_dist.schema import ConfigError
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -31,6 +33,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--half", action="store_true", help="store float16: half the size")
     parser.add_argument("--llm", help="where the LLM lies here, if not where it was in training")
     parser.add_argument("--speech-encoder", help="the same for the speech encoder")
+    parser.add_argument("--audio-encoder", help="the same for the audio encoder, if it has one")
     return parser.parse_args(argv)
 
 
@@ -41,11 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = checkpoint.resolve(arguments.checkpoint)
         checkpoint.read_state(source)
         config = configuration.load(source / "config.yaml")
-        config = replace(config, model=replace(config.model, llm=arguments.llm or config.model.llm,
-                                               speech_encoder=arguments.speech_encoder or config.model.speech_encoder))
+        moved = {key: getattr(arguments, key) or getattr(config.model, key) for key in exports.FROZEN}
+        config = replace(config, model=replace(config.model, **moved))
         results = json.loads(arguments.results.read_text()) if arguments.results else None
-        encoder = load_speech_encoder(config.model.speech_encoder, DTYPES["float32"])
-        print(exports.write(source, arguments.out, encoder, config, results, arguments.half))
+        encoders = {"speech_encoder": load_speech_encoder(config.model.speech_encoder, torch.float32).fingerprint}
+        if config.model.audio_encoder:
+            encoders["audio_encoder"] = load_audio_encoder(config.model.audio_encoder, torch.float32).fingerprint
+        print(exports.write(source, arguments.out, encoders, config, results, arguments.half))
         return 0
     except (ConfigError, CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from scipy import stats
 
 from listen_dist import config as configuration
-from listen_dist.config import Config, ConfigError
+from listen_dist.schema import Config, ConfigError
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import soundfile
 import torch
 import torchaudio.functional
 
-from listen_dist.config import AugmentConfig, ConfigError
 from listen_dist.data.decode import decode_audio
 from listen_dist.dist import derived_seed
+from listen_dist.schema import AugmentConfig, ConfigError
 from listen_dist.structures import SAMPLE_RATE
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".oga", ".mp3")

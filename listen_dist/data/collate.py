@@ -22,12 +22,15 @@ class Prepared:
     seconds: float
     choices: tuple[str, ...] = ()
     choice_ids: tuple[list[int], ...] = ()
+    fbank: torch.Tensor | None = None
+    """float32 [M, 128] for the audio encoder, where there is one and the features are not stored."""
 
 
 def collate(samples: list[Prepared], is_features: bool, skipped: list[SkippedSample]) -> Batch:
     """Pad to the longest row, keep true lengths. No sample gives an empty batch that names what was skipped."""
     rows = [sample.audio if is_features else sample.audio.T for sample in samples]  # each [time, width]
     padded = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0, 0)
+    fbanks = [sample.fbank for sample in samples if sample.fbank is not None]
     return Batch(
         ids=[sample.record.id for sample in samples],
         tasks=[sample.record.task for sample in samples],
@@ -41,4 +44,6 @@ def collate(samples: list[Prepared], is_features: bool, skipped: list[SkippedSam
         choices=[sample.choices for sample in samples],
         choice_ids=[list(sample.choice_ids) for sample in samples],
         skipped=skipped,
+        fbank=pad_sequence(fbanks, batch_first=True) if fbanks else None,
+        fbank_lengths=torch.tensor([len(bank) for bank in fbanks], dtype=torch.long) if fbanks else None,
     )

@@ -1,10 +1,13 @@
-"""From waveforms to log-mel spectrograms, on the clip's true length."""
+"""From waveforms to what the encoders read, on the clip's true length."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from torchaudio.compliance import kaldi
 from transformers import WhisperFeatureExtractor
+
+from listen_dist.structures import SAMPLE_RATE
 
 MIN_SAMPLES = 400
 """One window of the spectrogram; a shorter clip is filled up with silence."""
@@ -33,3 +36,20 @@ class LogMel:
         mel = self._filters @ spectrum[0, :, :-1].abs() ** 2
         log_mel = mel.clamp(min=1e-10).log10()
         return (torch.maximum(log_mel, log_mel.max() - 8.0) + 4.0) / 4.0
+
+
+class Fbank:
+    """Waveforms to the Kaldi filterbanks of BEATs on their true length; picklable, for loader workers."""
+
+    BINS = 128
+    MEAN, STD = 15.41663, 6.55582
+    """Over AudioSet, of its authors; they divide by twice the deviation."""
+    MIN_SAMPLES = 2800
+    """16 windows of 25 ms, 10 ms apart: one patch. A shorter clip is filled up with silence."""
+
+    def __call__(self, waveform: np.ndarray) -> torch.Tensor:
+        """float32 [S] at 16 kHz → float32 [M, 128], M = 1 + (max(S, 2800) - 400) // 160 frames of 10 ms."""
+        wave = torch.from_numpy(np.pad(waveform, (0, max(0, self.MIN_SAMPLES - len(waveform)))))
+        bank = kaldi.fbank(wave[None] * 2**15, num_mel_bins=self.BINS, sample_frequency=SAMPLE_RATE,
+                           frame_length=25, frame_shift=10)
+        return (bank - self.MEAN) / (2 * self.STD)

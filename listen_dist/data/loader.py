@@ -6,7 +6,7 @@ Stages, in the order a sample passes them:
 2. read      one read of the tar's byte range (shards.py)
 3. decode    FLAC to a waveform (decode.py), or the stored encoder frames as they are
 4. augment   in training, if asked for: the waveform, and after stage 5 the log-mel (augment.py)
-5. features  log-mel on the true length (features.py)
+5. features  log-mel, and a filterbank for an audio encoder, on the true length (features.py)
 6. text      instruction and target to token ids (text.py)
 7. collate   padding and true lengths (collate.py)
 
@@ -27,15 +27,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from listen_dist.config import DataConfig
 from listen_dist.data.augment import Augmenter
 from listen_dist.data.collate import Prepared, collate
-from listen_dist.data.features import LogMel
+from listen_dist.data.features import Fbank, LogMel
 from listen_dist.data.mixture import Mixture, SampleRef
 from listen_dist.data.schedule import TokenCost, plan_batches, plan_once
 from listen_dist.data.shard_members import ShardError, Want
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
+from listen_dist.schema import DataConfig
 from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch, LoaderState, Record, SkippedSample
 from listen_dist.tasks import choices_for
 
@@ -51,18 +51,20 @@ class BatchReader(Dataset[Batch]):
         indexes: the sets, in the order that references count them.
         with_targets: False for decoding, where the model must not see the answer.
         augmenter: changes the audio, in training.
+        fbank: given where there is an audio encoder beside the speech encoder.
     """
 
     def __init__(self, indexes: Sequence[ShardIndex], log_mel: LogMel, text: TextEncoder, config: DataConfig,
-                 with_targets: bool, augmenter: Augmenter | None = None) -> None:
+                 with_targets: bool, augmenter: Augmenter | None = None, fbank: Fbank | None = None) -> None:
         self.indexes = list(indexes)
         self._log_mel = log_mel
+        self._fbank = fbank
         self._text = text
         self._config = config
         self._with_targets = with_targets
         self._augmenter = augmenter
-        # One kind of input for all sets: a batch may mix them.
-        self.is_features = config.stored_features and all(index.features for index in indexes)
+        # One kind of input for all sets: a batch may mix them. Shards store the speech encoder's frames alone.
+        self.is_features = config.stored_features and fbank is None and all(index.features for index in indexes)
 
     def __getitem__(self, refs: list[SampleRef]) -> Batch:  # type: ignore[override]
         samples: list[Prepared] = []
@@ -85,6 +87,7 @@ class BatchReader(Dataset[Batch]):
         if len(target) > config.max_target_tokens:
             raise ShardError(f"target of {len(target)} tokens is above data.max_target_tokens = "
                              f"{config.max_target_tokens}")
+        fbank = None
         if sample.features is not None:
             seconds = float(index.shard_table(ref.shard).seconds[ref.row])
             if seconds > config.max_seconds:  # decoding refuses a long clip, stored features know no length
@@ -92,10 +95,10 @@ class BatchReader(Dataset[Batch]):
             audio = torch.from_numpy(sample.features.copy())
         else:
             assert sample.waveform is not None
-            audio, seconds = self._spectrogram(sample.waveform, sample.record.id, ref.epoch)
+            audio, fbank, seconds = self._features(sample.waveform, sample.record.id, ref.epoch)
         choices = () if self._with_targets else self._choices(sample.record)
         return Prepared(sample.record, audio, self._text.after_ids(sample.record), target, seconds, choices,
-                        tuple(self._text.target_ids(choice) for choice in choices))
+                        tuple(self._text.target_ids(choice) for choice in choices), fbank)
 
     def _choices(self, record: Record) -> tuple[str, ...]:
         try:
@@ -103,13 +106,15 @@ class BatchReader(Dataset[Batch]):
         except ValueError as error:
             raise ShardError(str(error)) from None
 
-    def _spectrogram(self, wave: np.ndarray, name: str, epoch: int) -> tuple[torch.Tensor, float]:
-        """The log-mel [mels, M] of a waveform [S] and its seconds, both after augmentation."""
+    def _features(self, wave: np.ndarray, name: str, epoch: int) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+        """Log-mel [mels, M] of a waveform [S], its filterbank [M', 128] and its seconds, all after augmentation."""
         if self._augmenter is None:
-            return self._log_mel(wave), len(wave) / SAMPLE_RATE
-        random = self._augmenter.generator(name, epoch)
-        wave = self._augmenter.waveform(wave, random)
-        return self._augmenter.log_mel(self._log_mel(wave), random), len(wave) / SAMPLE_RATE
+            log_mel = self._log_mel(wave)
+        else:
+            random = self._augmenter.generator(name, epoch)
+            wave = self._augmenter.waveform(wave, random)
+            log_mel = self._augmenter.log_mel(self._log_mel(wave), random)
+        return log_mel, self._fbank(wave) if self._fbank else None, len(wave) / SAMPLE_RATE
 
 
 class _StepSampler:

@@ -14,10 +14,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from listen_dist.config import SetConfig
 from listen_dist.data.shard_members import ShardError
 from listen_dist.data.shards import ShardIndex
 from listen_dist.dist import derived_seed
+from listen_dist.schema import SetConfig
 
 GROUP = 16
 """Shards whose samples are permuted together."""

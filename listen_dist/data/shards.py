@@ -25,13 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from listen_dist.config import DataConfig, set_addresses
+from listen_dist.config import set_addresses
 from listen_dist.data.decode import AudioError
 from listen_dist.data.manifest import ManifestError, check_id
 from listen_dist.data.remote import MissingFile
 from listen_dist.data.shard_entries import ShardEntries, ShardEntry
 from listen_dist.data.shard_members import ShardError, Want, parse_sample
 from listen_dist.data.sources import Folder, JoinedFolder, locate, open_folder
+from listen_dist.schema import DataConfig
 from listen_dist.structures import AudioSample
 
 FORMAT_VERSION = 1

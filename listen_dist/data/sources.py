@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from listen_dist.config import DataConfig
 from listen_dist.data.manifest import file_sha256
 from listen_dist.data.remote import HttpFolder, MissingFile, PinnedFile, RemoteFolder, StoreFolder
 from listen_dist.data.shard_cache import CachedFolder
 from listen_dist.data.shard_members import ShardError
+from listen_dist.schema import DataConfig
 
 
 class Folder(Protocol):

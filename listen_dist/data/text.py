@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from listen_dist.config import ModelConfig
+from listen_dist.schema import ModelConfig
 from listen_dist.structures import Record, TextFrame
 from listen_dist.tasks import instruction_for
 

@@ -8,21 +8,22 @@ from dataclasses import dataclass, replace
 import torch
 
 from listen_dist import dist
-from listen_dist.config import Config, ConfigError, SetConfig
 from listen_dist.data.augment import Augmenter
-from listen_dist.data.features import LogMel
+from listen_dist.data.features import Fbank, LogMel
 from listen_dist.data.loader import BatchReader
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.schedule import TokenCost
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.engine.sharding import Sharding, sharding_for
+from listen_dist.models.beats import load_audio_encoder
 from listen_dist.models.encoders import load_speech_encoder
 from listen_dist.models.listen import Listen
 from listen_dist.models.llm import DTYPES, embedding_stats, load_llm, load_tokenizer
 from listen_dist.models.lora import add_lora
 from listen_dist.models.projector import build_projector
 from listen_dist.models.rivals import TaskPool, build_pool
+from listen_dist.schema import Config, ConfigError, SetConfig
 from listen_dist.structures import ENCODER_RATE
 
 
@@ -58,7 +59,8 @@ class Parts:
         data = self.config.data
         augment = with_targets and data.augment.active
         augmenter = Augmenter(data.augment, self.config.train.seed, data.max_seconds) if augment else None
-        return BatchReader(indexes, self.log_mel, self.text, data, with_targets, augmenter)
+        fbank = Fbank() if self.config.model.audio_encoder else None
+        return BatchReader(indexes, self.log_mel, self.text, data, with_targets, augmenter, fbank)
 
     def mixture(self, reader: BatchReader) -> Mixture:
         """The training sets, mixed as the config says."""
@@ -106,15 +108,20 @@ def assemble(config: Config, device: torch.device) -> Parts:
     config = with_pool_tasks(config)
     tokenizer = load_tokenizer(config.model.llm)
     text = TextEncoder(tokenizer, config.model)
-    encoder = load_speech_encoder(config.model.speech_encoder, DTYPES[config.model.dtype]).to(device)
+    dtype = DTYPES[config.model.dtype]
+    encoder = load_speech_encoder(config.model.speech_encoder, dtype).to(device)
+    sounds = config.model.audio_encoder
+    audio_encoder = load_audio_encoder(sounds, dtype).to(device) if sounds else None
     sharding = sharding_for(config)
     llm = sharding.load(lambda: load_llm(config.model), device)
     stats = embedding_stats(llm.get_input_embeddings(), llm.config.vocab_size)
     torch.manual_seed(dist.derived_seed("model", config.model.seed))
     pool = build_pool(config.pool, stats.mean)
-    projector = build_projector(config.projector, encoder.width, llm.config.hidden_size, stats.std)
+    audio_width = audio_encoder.width if audio_encoder else 0
+    projector = build_projector(config.projector, encoder.width + audio_width, llm.config.hidden_size, stats.std,
+                                audio_width)
     projector.requires_grad_(not config.projector.freeze)
     # After the layout, so that no rank shards the adapters.
     lora = add_lora(llm, config.lora, device) if config.lora.rank else None
-    model = Listen(llm, encoder, projector.to(device), pool.to(device), text.frame, lora)
+    model = Listen(llm, encoder, projector.to(device), pool.to(device), text.frame, lora, audio_encoder)
     return Parts(config, model, sharding, text, LogMel.from_pretrained(config.model.speech_encoder))

@@ -29,7 +29,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from listen_dist.config import Config, ConfigError, differences, load, to_yaml
+from listen_dist.config import differences, load, to_yaml
+from listen_dist.schema import Config, ConfigError
 from listen_dist.structures import LoaderState
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,10 @@ def _latest(folder: Path) -> str:
 def _best_steps(folder: Path) -> set[int]:
     """Steps that best.json names, whose checkpoints are kept."""
     file = folder / "best.json"
-    best = json.loads(file.read_text())["best"] if file.is_file() else {}
+    try:
+        best = json.loads(file.read_text())["best"] if file.is_file() else {}
+    except (OSError, ValueError, KeyError):  # damaged: then only the newest ones are kept
+        best = {}
     return {entry["step"] for entry in best.values()}
 
 

@@ -27,12 +27,19 @@ from torch import nn
 from transformers.utils import cached_file
 
 from listen_dist import config as configuration
-from listen_dist.config import Config, ConfigError
 from listen_dist.engine import checkpoint
 from listen_dist.engine.checkpoint import CheckpointError
-from listen_dist.models.encoders import SpeechEncoder
+from listen_dist.models.listen import Listen
+from listen_dist.schema import Config, ConfigError
 
 FILES = ("trainables.safetensors", "config.yaml", "README.md")
+FROZEN = {
+    "llm": "prompts and projector live in the embedding space of the LLM that they were trained with and mean nothing "
+           "to another",
+    "speech_encoder": "the projector reads the frames of the encoder that it was trained with",
+    "audio_encoder": "the projector reads the frames of the encoder that it was trained with",
+}
+"""The frozen models by their keys under `model`, and why another one will not do."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,13 @@ def _read(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"{file}: damaged ({reason}); copy the export again")
 
 
-def check_frozen(path: Path, config: Config, encoder: SpeechEncoder, of_projector: bool = True) -> None:
+def encoder_fingerprints(model: Listen) -> dict[str, str]:
+    """Of the encoders of a model, by their config keys."""
+    sounds = {"audio_encoder": model.audio_encoder.fingerprint} if model.audio_encoder is not None else {}
+    return {"speech_encoder": model.encoder.fingerprint, **sounds}
+
+
+def check_frozen(path: Path, config: Config, encoders: Mapping[str, str], of_projector: bool = True) -> None:
     """Refuse frozen models that `path` was not trained on.
 
     An export tells them by fingerprint, a checkpoint by the last part of their paths, so that folders can move.
@@ -82,7 +95,8 @@ def check_frozen(path: Path, config: Config, encoder: SpeechEncoder, of_projecto
     Args:
         path: a resolved export or checkpoint.
         config: names the models in use.
-        of_projector: the projector is taken too, which is bound to the encoder besides the LLM.
+        encoders: their encoders' fingerprints (see `encoder_fingerprints`).
+        of_projector: the projector is taken too, which is bound to the encoders besides the LLM.
 
     Raises:
         ConfigError: naming the model, and why it must be the same.
@@ -90,21 +104,17 @@ def check_frozen(path: Path, config: Config, encoder: SpeechEncoder, of_projecto
     saved = configuration.load(path / "config.yaml").model
     if (path / "export.json").is_file():
         needed: Mapping[str, Frozen] = _read(path)["frozen"]
-        same = {"llm": needed["llm"].fingerprint == llm_fingerprint(config.model.llm),
-                "speech_encoder": needed["speech_encoder"].fingerprint == encoder.fingerprint}
+        here = {"llm": llm_fingerprint(config.model.llm), **encoders}
+        same = {key: (needed[key].fingerprint if key in needed else None) == here.get(key) for key in FROZEN}
     else:
-        same = {key: Path(getattr(saved, key)).name == Path(getattr(config.model, key)).name
-                for key in ("llm", "speech_encoder")}
-    why = {"llm": "prompts and projector live in the embedding space of the LLM that they were trained with and mean "
-                  "nothing to another",
-           "speech_encoder": "the projector reads the frames of the encoder that it was trained with"}
-    for key in ("llm", "speech_encoder") if of_projector else ("llm",):
+        same = {key: Path(getattr(saved, key)).name == Path(getattr(config.model, key)).name for key in FROZEN}
+    for key, why in FROZEN.items() if of_projector else [("llm", FROZEN["llm"])]:
         if not same[key]:
             raise ConfigError(f"model.{key} = {getattr(config.model, key)!r}: is not the model that {path} was trained "
-                              f"on ({Path(getattr(saved, key)).name}): {why[key]}. Give that one, or train anew")
+                              f"on ({Path(getattr(saved, key)).name or 'none'}): {why}. Give that one, or train anew")
 
 
-def start_from(config: Config, trainable: nn.ModuleDict, encoder: SpeechEncoder) -> None:
+def start_from(config: Config, trainable: nn.ModuleDict, encoders: Mapping[str, str]) -> None:
     """Fill the trainables as `model.init_from` and `projector.init_from` say; nothing where neither is given.
 
     Raises:
@@ -112,23 +122,24 @@ def start_from(config: Config, trainable: nn.ModuleDict, encoder: SpeechEncoder)
     """
     if config.model.init_from is not None:
         path, with_projector = resolve(Path(config.model.init_from)), config.model.init_projector
-        check_frozen(path, config, encoder, with_projector)
+        check_frozen(path, config, encoders, with_projector)
         if with_projector:
             checkpoint.load_trainables(path, trainable)
         else:
             checkpoint.load_trainables(path, trainable["pool"], "pool.")
     if config.projector.init_from is not None:
         path = resolve(Path(config.projector.init_from))
-        check_frozen(path, config, encoder)
+        check_frozen(path, config, encoders)
         checkpoint.load_trainables(path, trainable["projector"], "projector.")
 
 
-def write(source: Path, out: Path, encoder: SpeechEncoder, config: Config, results: Mapping[str, Any] | None,
+def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, results: Mapping[str, Any] | None,
           half: bool) -> Path:
     """Write an export of a checkpoint; the folder appears whole or not at all.
 
     Args:
         source: a resolved checkpoint.
+        encoders: fingerprints of its encoders, by their config keys.
         config: where the frozen models lie here.
         results: of an evaluation of this checkpoint (results.json), for the model card.
         half: store float16 instead of float32.
@@ -143,9 +154,8 @@ def write(source: Path, out: Path, encoder: SpeechEncoder, config: Config, resul
     if results and results.get("checkpoint_sha256") != hashlib.sha256(trainables.read_bytes()).hexdigest():
         raise ConfigError(f"the results are of {results.get('checkpoint')}, not of {source}; evaluate this checkpoint")
     saved = configuration.load(source / "config.yaml")
-    frozen = {"llm": Frozen(_short(saved.model.llm), llm_fingerprint(config.model.llm), licence(config.model.llm)),
-              "speech_encoder": Frozen(_short(saved.model.speech_encoder), encoder.fingerprint,
-                                       licence(config.model.speech_encoder))}
+    frozen = {key: Frozen(_short(getattr(saved.model, key)), value, licence(getattr(config.model, key)))
+              for key, value in {"llm": llm_fingerprint(config.model.llm), **encoders}.items()}
     tensors = {key: value.half() if half else value for key, value in load_file(trainables).items()}
     step = checkpoint.read_state(source).step
     # Nobody else has this machine's folders.
@@ -234,8 +244,8 @@ def licence(path: str) -> str:
 
 def _folder(path: str) -> Path:
     """Where the files of a folder or Hugging Face name lie here."""
-    if os.path.isdir(path):
-        return Path(path)
+    if os.path.exists(path):
+        return Path(path) if os.path.isdir(path) else Path(path).parent
     return Path(cached_file(path, "config.json")).parent
 
 

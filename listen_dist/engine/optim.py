@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from listen_dist.config import TrainConfig
+from listen_dist.schema import TrainConfig
 
 
 def build_optimizer(trainable: nn.ModuleDict, config: TrainConfig) -> torch.optim.AdamW:

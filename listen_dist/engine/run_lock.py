@@ -11,7 +11,7 @@ import socket
 import time
 from pathlib import Path
 
-from listen_dist.config import ConfigError
+from listen_dist.schema import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ import torch
 from transformers import PreTrainedModel
 
 from listen_dist import dist
-from listen_dist.config import Config
 from listen_dist.engine.fsdp2 import Fsdp2
 from listen_dist.engine.zero3 import Zero3
 from listen_dist.models.llm import DTYPES, pieces
+from listen_dist.schema import Config
 
 
 class Sharding(Protocol):

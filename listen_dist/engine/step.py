@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from listen_dist import dist
-from listen_dist.config import Config
 from listen_dist.engine.optim import learning_rate, set_learning_rate
 from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.models.listen import Listen
+from listen_dist.schema import Config
 from listen_dist.structures import Batch, ModelOutput
 
 

@@ -7,9 +7,11 @@ token at that place; in clips of the other tasks, whose answers are about the wh
 window onto the mean embedding of the target. With hidden vectors h (from the random layers below)
 and embeddings e,
 
-    W = (Σ (h − h̄)(h − h̄)ᵀ + r·I)⁻¹ Σ (h − h̄)(e − ē)ᵀ,    b = ē − h̄ W
+    W = c (Σ (h − h̄)(h − h̄)ᵀ + r·I)⁻¹ Σ (h − h̄)(e − ē)ᵀ,    b = ē − h̄ W
 
-with r = RIDGE times the mean diagonal of the first sum. It takes seconds and no gradient step.
+with r = RIDGE times the mean diagonal of the first sum. A guess that explains part of the variance
+alone stays near the mean, and the norm behind the layer would make that all that the LLM sees; so c
+gives the guesses the variance of the embeddings. It takes seconds and no gradient step.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def fit_last_layer(model: Listen, batches: Iterable[Batch]) -> None:
     width, out = projector.out.in_features, projector.out.out_features
     gram, cross = (torch.zeros(width, n, dtype=torch.float64, device=model.device) for n in (width, out))
     hidden_sum, target_sum = (torch.zeros(n, dtype=torch.float64, device=model.device) for n in (width, out))
+    target_square = torch.zeros((), dtype=torch.float64, device=model.device)
     windows = samples = 0
     for batch in itertools.islice(batches, SAMPLES):
         if not len(batch):
@@ -52,6 +55,7 @@ def fit_last_layer(model: Listen, batches: Iterable[Batch]) -> None:
         cross += hidden.T @ target
         hidden_sum += hidden.sum(0)
         target_sum += target.sum(0)
+        target_square += target.square().sum()
         windows, samples = windows + len(hidden), samples + len(batch)
         if samples >= SAMPLES:
             break
@@ -60,8 +64,10 @@ def fit_last_layer(model: Listen, batches: Iterable[Batch]) -> None:
     hidden_mean, target_mean = hidden_sum / windows, target_sum / windows
     gram -= windows * torch.outer(hidden_mean, hidden_mean)
     cross -= windows * torch.outer(hidden_mean, target_mean)
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    weight = torch.linalg.solve(gram, cross)
+    ridge = torch.eye(width, dtype=gram.dtype, device=gram.device) * RIDGE * gram.diagonal().mean()
+    weight = torch.linalg.solve(gram + ridge, cross)
+    variance = target_square - windows * target_mean.square().sum()
+    weight *= (variance / (weight * (gram @ weight)).sum()).sqrt()
     projector.out.weight.copy_(weight.T)
     projector.out.bias.copy_(target_mean - hidden_mean @ weight)
     if dist.world_size() > 1:  # the same bits everywhere, even where ranks add in another order

@@ -9,13 +9,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from listen_dist.models.llm import pieces
+
+
+class FrozenLinear(torch.autograd.Function):
+    """x Wᵀ + b for frozen W and b, which keeps neither x nor the gathered W for the backward pass.
+
+    Torch's own keeps Wᵀ, a view, so that a gathered weight would stay in memory from the forward to the backward pass
+    although ZeRO has let go of it: the whole LLM in the end. Here the parameter itself is kept, an empty shell until
+    ZeRO has gathered it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return grads[0] @ weight, None, None
+
+
+def _frozen_linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return FrozenLinear.apply(x, module.weight, module.bias)
 
 
 class Zero3:
@@ -35,7 +60,7 @@ class Zero3:
             "bf16": {"enabled": dtype == torch.bfloat16},
             "zero_optimization": {
                 "stage": 3,
-                # It would replace torch.nn.functional.linear for all modules, the learned ones too.
+                # It would replace torch.nn.functional.linear for all modules, the learned ones too (see FrozenLinear).
                 "memory_efficient_linear": False,
                 "stage3_param_persistence_threshold": 10_000,
                 "stage3_max_live_parameters": max_live_parameters,
@@ -59,6 +84,9 @@ class Zero3:
                 # DeepSpeed broadcasts into the weights. Written-to pages of a mapped file would stay in memory.
                 p.data = p.data.clone()
             deepspeed.zero.Init(module=piece, data_parallel_group=self._group, config_dict_or_path=self._config)
+        for module in llm.modules():
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                module.forward = partial(_frozen_linear, module)  # type: ignore[method-assign]
         self._engine = deepspeed.initialize(model=llm, config=self._config)[0]
         return self._engine.module
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from listen_dist import dist, logs
-from listen_dist.config import EvalConfig
 from listen_dist.data.loader import BatchReader, decoding_batches, find_filler
 from listen_dist.engine.assembly import Parts
 from listen_dist.evaluation.predictions import PartialFile, Prediction
+from listen_dist.schema import EvalConfig
 from listen_dist.structures import Batch, SkippedSample
 from listen_dist.tasks import get_task, token_limit
 

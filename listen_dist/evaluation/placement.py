@@ -11,9 +11,10 @@ import psutil
 import torch
 
 from listen_dist import dist
-from listen_dist.config import Config
 from listen_dist.engine.assembly import Parts
-from listen_dist.planner import llm_size, room_for_whole
+from listen_dist.model_sizes import llm_size
+from listen_dist.planner import room_for_whole
+from listen_dist.schema import Config
 
 logger = logging.getLogger(__name__)
 

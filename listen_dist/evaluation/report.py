@@ -28,7 +28,6 @@ import torch
 
 from listen_dist import config as configuration
 from listen_dist import dist, logs, tracking
-from listen_dist.config import Config, ConfigError
 from listen_dist.data.decode import AudioError
 from listen_dist.data.loader import BatchReader
 from listen_dist.data.schedule import SampleRef
@@ -37,6 +36,7 @@ from listen_dist.engine import checkpoint
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.engine.checkpoint import CheckpointError
 from listen_dist.evaluation import figures, prompts
+from listen_dist.schema import Config, ConfigError
 from listen_dist.structures import SAMPLE_RATE
 
 TOKENS = 5

@@ -10,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from listen_dist.config import Config, ConfigError, differences, load
+from listen_dist.config import differences, load
 from listen_dist.data.shard_members import ShardError
 from listen_dist.data.shards import ShardIndex
+from listen_dist.schema import Config, ConfigError
 
 PACKAGES = ("jiwer", "whisper-normalizer", "sacrebleu", "aac-metrics", "torch", "transformers")
 FREE = ("model.attention", "model.dtype", "model.seed", "model.init_from", "model.init_projector",
@@ -66,7 +67,7 @@ def check_same_model(path: Path, config: Config) -> Config:
              "model.speech_encoder": (saved.model.speech_encoder, config.model.speech_encoder)}
     moved = [key for key, (a, b) in names.items() if Path(a).name == Path(b).name]
     differing = [key for key in differences(saved, config)
-                 if key.startswith(("model.", "projector.", "pool.")) and key not in (*FREE, *moved)]
+                 if key.startswith(("model.", "projector.", "pool.", "lora.")) and key not in (*FREE, *moved)]
     if differing:
         raise ConfigError(f"{path}: belongs to another model; these keys differ: {', '.join(differing[:5])}. "
                           f"Evaluate with --config {path / 'config.yaml'}, or choose another --checkpoint")

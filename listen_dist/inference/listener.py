@@ -29,15 +29,16 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from listen_dist import config as configuration
-from listen_dist.config import Config
 from listen_dist.data.collate import Prepared, collate
 from listen_dist.data.decode import MIN_SECONDS, AudioError, decode_audio, join_utterances
+from listen_dist.data.features import Fbank
 from listen_dist.data.schedule import cut_by_budget
 from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.evaluation.decoding import Decoder
 from listen_dist.evaluation.predictions import Prediction
 from listen_dist.inference.long_audio import Piece, join, split
+from listen_dist.schema import Config
 from listen_dist.structures import ENCODER_RATE, SAMPLE_RATE, Record
 from listen_dist.tasks import get_task
 
@@ -119,6 +120,7 @@ class Listener:
         self.parts = parts
         """The loaded model, tokenizer and features; not guarded by the lock."""
         self._decoder = Decoder(parts, parts.config.eval, parts.config.pool.k, whole=True)
+        self._fbank = Fbank() if parts.config.model.audio_encoder else None
         self._lock = threading.Lock()
         self.window = min(parts.config.data.max_seconds, parts.model.encoder.max_frames / ENCODER_RATE)
         """Longest clip, in seconds, that is heard in one piece."""
@@ -126,7 +128,8 @@ class Listener:
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], *, device: str = "auto",
                         dtype: Literal["bfloat16", "float32"] | None = None, top_k: int | None = None,
-                        llm: str | None = None, speech_encoder: str | None = None) -> Listener:
+                        llm: str | None = None, speech_encoder: str | None = None,
+                        audio_encoder: str | None = None) -> Listener:
         """Load a checkpoint and the frozen models that it was trained on.
 
         Args:
@@ -134,7 +137,7 @@ class Listener:
             device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1` …
             dtype: of the frozen weights; default: as trained.
             top_k: prompts to pick; default: as trained.
-            llm, speech_encoder: where the frozen models lie here, if not where they were in training.
+            llm, speech_encoder, audio_encoder: where the frozen models lie here, if not where they were in training.
 
         Raises:
             CheckpointError: no checkpoint, a damaged one, or one of another model.
@@ -145,13 +148,14 @@ class Listener:
         target = _device(device)
         config = _for_one_process(configuration.load(folder / "config.yaml"), target, dtype, top_k)
         model = replace(config.model, llm=llm or config.model.llm,
-                        speech_encoder=speech_encoder or config.model.speech_encoder)
+                        speech_encoder=speech_encoder or config.model.speech_encoder,
+                        audio_encoder=audio_encoder or config.model.audio_encoder)
         try:
             parts = assemble(replace(config, model=model), target)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{folder}: needs a frozen model that is not here: {error}; say where it lies with "
-                                    "llm= or speech_encoder= (in the shell --llm, --speech-encoder)") from error
-        exports.check_frozen(folder, parts.config, parts.model.encoder)
+                                    "llm=, speech_encoder= or audio_encoder= (in the shell --llm …)") from error
+        exports.check_frozen(folder, parts.config, exports.encoder_fingerprints(parts.model))
         checkpoint.load_trainables(folder, parts.model.trainable)
         parts.model.eval()
         return cls(parts)
@@ -264,17 +268,18 @@ class Listener:
         wave = _decode(clip, LONGEST_RECORDING if is_long else self.window)
         if np.abs(wave).max() < SILENT:
             raise AudioError(f"{_name(clip)}silent: no sample is above {SILENT:g} of full scale")
+        pieces = split(wave, self.window)
+        stretches = [wave[piece.start : piece.end] for piece in pieces]
+        rows = [self.prepare(part, ask) if np.abs(part).max() >= SILENT else None for part in stretches]
+        return _Heard(len(wave) / SAMPLE_RATE, pieces, rows)
+
+    def prepare(self, wave: np.ndarray, ask: Ask) -> Prepared:
+        """One row of a batch from float32 [S] at 16 kHz within the window."""
         with self._lock:  # the encoder of texts keeps what it has seen
             after = self.parts.text.after_ids(ask.record)
             ids = tuple(self.parts.text.target_ids(choice) for choice in ask.all_choices)
-        pieces = split(wave, self.window)
-        rows: list[Prepared | None] = []
-        for piece in pieces:
-            part = wave[piece.start : piece.end]
-            is_silent = np.abs(part).max() < SILENT
-            rows.append(None if is_silent else Prepared(
-                ask.record, self.parts.log_mel(part), after, [], len(part) / SAMPLE_RATE, ask.all_choices, ids))
-        return _Heard(len(wave) / SAMPLE_RATE, pieces, rows)
+        return Prepared(ask.record, self.parts.log_mel(wave), after, [], len(wave) / SAMPLE_RATE, ask.all_choices, ids,
+                        self._fbank(wave) if self._fbank else None)
 
     def _answer_all(self, heard: dict[int, _Heard], ask: Ask, budget: int) -> Iterator[tuple[int, Answer]]:
         """Answer clips in batches of pieces of like length; each clip as soon as its last piece is done."""

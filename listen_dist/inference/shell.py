@@ -12,11 +12,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from listen_dist.config import ConfigError
 from listen_dist.data.decode import AudioError
 from listen_dist.engine import checkpoint
 from listen_dist.engine.checkpoint import CheckpointError
 from listen_dist.inference.listener import Answer, Ask, Clip, Listener
+from listen_dist.schema import ConfigError
 
 SUFFIXES = frozenset((".aac", ".aif", ".aiff", ".amr", ".flac", ".g722", ".m4a", ".mka", ".mp3", ".mp4", ".oga", ".ogg",
                       ".opus", ".wav", ".webm", ".wma"))
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         path = newest_below(Path("runs")) if arguments.checkpoint == "latest" else Path(arguments.checkpoint)
         listener = Listener.from_checkpoint(
             path, device=arguments.device, dtype=arguments.dtype, top_k=arguments.top_k, llm=arguments.llm,
-            speech_encoder=arguments.speech_encoder)
+            speech_encoder=arguments.speech_encoder, audio_encoder=arguments.audio_encoder)
         ask = Ask(arguments.task, arguments.instruction, arguments.choices, arguments.max_new_tokens)
         results = listener.listen(clips, ask, arguments.batch_tokens)
         # One file that was named itself: its text alone, for use in a shell.

@@ -30,7 +30,7 @@ class SpeechEncoder(nn.Module):
         # transformers 4 wants a head mask as a positional argument, 5 does not know the word.
         takes_head_mask = "layer_head_mask" in inspect.signature(WhisperEncoderLayer.forward).parameters
         self._layer_arguments = {"layer_head_mask": None} if takes_head_mask else {}
-        self.fingerprint = _fingerprint(encoder)
+        self.fingerprint = fingerprint(encoder)
         self.eval()
 
     def train(self, mode: bool = True) -> SpeechEncoder:
@@ -61,12 +61,12 @@ class SpeechEncoder(nn.Module):
         if int(out_lengths.max()) > self.max_frames:
             raise ValueError(f"clip of {int(lengths.max()) / 100:.1f} s is longer than the speech encoder's "
                              f"window of {self.max_frames / 50:.0f} s: split it")
-        mel_mask = _mask(lengths, mel.shape[-1])  # [B, M]
+        mel_mask = length_mask(lengths, mel.shape[-1])  # [B, M]
         mel = mel.to(encoder.conv1.weight.dtype).masked_fill(~mel_mask[:, None], 0)
         hidden = functional.gelu(encoder.conv1(mel)).masked_fill(~mel_mask[:, None], 0)
         hidden = functional.gelu(encoder.conv2(hidden)).transpose(1, 2)  # [B, F, E]
         hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
-        mask = _mask(out_lengths, hidden.shape[1])  # [B, F]
+        mask = length_mask(out_lengths, hidden.shape[1])  # [B, F]
         bias = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device)
         bias = bias.masked_fill(~mask, torch.finfo(hidden.dtype).min)[:, None, None, :]
         bias = bias.expand(-1, 1, hidden.shape[1], -1)  # [B, 1, F, F]
@@ -119,12 +119,22 @@ def check_model_folder(path: str, key: str) -> None:
                                 f"{str(error).splitlines()[0]}") from error
 
 
-def _mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
+def length_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
     """[B] lengths → bool [B, size], True within the length."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
-def _fingerprint(encoder: nn.Module) -> str:
+def join_frames(speech: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
+    """Frames [B, F, E₁] and [B, F', E₂] of the same clips side by side: [B, F, E₁ + E₂].
+
+    Both have 50 a second. The audio encoder's end up to 0.16 s earlier and are filled up with zeros, which the
+    projector's norm leaves as they are; what only its padding of a very short clip has brought is cut off.
+    """
+    missing = speech.shape[1] - audio.shape[1]
+    return torch.cat([speech, functional.pad(audio, (0, 0, 0, missing)).to(speech.dtype)], -1)
+
+
+def fingerprint(encoder: nn.Module) -> str:
     """sha256 over the fp32 weights, whatever type the files hold."""
     digest = hashlib.sha256()
     for name, value in sorted(encoder.state_dict().items()):

@@ -19,7 +19,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from listen_dist.kernels.topk_match.op import TopkMatch
 from listen_dist.kernels.topk_match.reference import masked_mean
-from listen_dist.models.encoders import SpeechEncoder
+from listen_dist.models.beats import BeatsEncoder
+from listen_dist.models.encoders import SpeechEncoder, join_frames
+from listen_dist.models.llm import recompute_activations
 from listen_dist.models.losses import IGNORED, token_loss
 from listen_dist.models.projector import Projector
 from listen_dist.models.prompt_pool import Pool
@@ -33,13 +35,16 @@ class Listen(nn.Module):
         llm: a Hugging Face causal LLM, sharded or whole, in eval mode without gradients.
         encoder: frozen speech encoder; not run for batches of stored features.
         lora: the adapters inside `llm` (see models/lora.py), or None.
+        audio_encoder: frozen encoder of other sounds beside the speech encoder, or None.
     """
 
     def __init__(self, llm: PreTrainedModel, encoder: SpeechEncoder, projector: Projector, pool: Pool,
-                 frame: TextFrame, lora: nn.ParameterDict | None = None) -> None:
+                 frame: TextFrame, lora: nn.ParameterDict | None = None,
+                 audio_encoder: BeatsEncoder | None = None) -> None:
         super().__init__()
         self.llm = llm
         self.encoder = encoder
+        self.audio_encoder = audio_encoder
         self.trainable = nn.ModuleDict({"projector": projector, "pool": pool})
         if lora is not None:
             self.trainable["lora"] = lora
@@ -58,8 +63,9 @@ class Listen(nn.Module):
         return self.projector.out.weight.device
 
     def train(self, mode: bool = True) -> Listen:
-        """Switch the learned parts; the frozen parts stay in eval mode."""
+        """Switch the learned parts; the frozen parts stay in eval mode (but see `recompute_activations`)."""
         self.trainable.train(mode)
+        recompute_activations(self.llm, mode)
         return self
 
     def forward(self, batch: Batch, k: int) -> ModelOutput:
@@ -114,9 +120,16 @@ class Listen(nn.Module):
         return self.projector(*self.frames(batch))
 
     def frames(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encoder frames [B, F, E] and their true numbers [B]: stored ones, or from the frozen encoder."""
+        """Encoder frames [B, F, E] and their true numbers [B]: stored ones, or from the frozen encoders."""
         audio, lengths = (tensor.to(self.device, non_blocking=True) for tensor in (batch.audio, batch.audio_lengths))
-        return (audio, lengths) if batch.is_features else self.encoder(audio, lengths)
+        if batch.is_features:
+            return audio, lengths
+        frames, counts = self.encoder(audio, lengths)
+        if self.audio_encoder is not None:
+            assert batch.fbank is not None and batch.fbank_lengths is not None
+            sounds, _ = self.audio_encoder(batch.fbank.to(self.device), batch.fbank_lengths.to(self.device))
+            frames = join_frames(frames, sounds)
+        return frames, counts
 
     def _embed(self, texts: list[Sequence[int]]) -> list[torch.Tensor]:
         """Token embeddings [P, D] of several texts through one call of the LLM's embedding.

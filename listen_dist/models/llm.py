@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from listen_dist import logs
-from listen_dist.config import ModelConfig
 from listen_dist.models.encoders import check_model_folder
+from listen_dist.schema import ModelConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -52,7 +53,21 @@ def load_llm(config: ModelConfig) -> PreTrainedModel:
     # Hugging Face hands the head a slice of the sequence. Torch multiplies a strided [B, P, D] row by
     # row and copies the whole [V, D] weight for each, which doubles a step's time on a CPU.
     llm.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    if config.checkpointing:
+        # Reentrant: the other kind compares tensors' shapes, and ZeRO-3 has let go of the weights by then.
+        llm.gradient_checkpointing_enable({"use_reentrant": True, "preserve_rng_state": False})
     return llm.requires_grad_(False).eval()
+
+
+def recompute_activations(llm: nn.Module, active: bool) -> None:
+    """Switch on or off what `model.checkpointing` has prepared (nothing, without it).
+
+    transformers recomputes a layer where the layer's own `training` is set. That flag alone is changed, not that of
+    the modules inside: dropout stays off. While decoding it must be off, since such a layer uses no cache.
+    """
+    for module in llm.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = active and module.gradient_checkpointing
 
 
 def pieces(llm: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Iterator[nn.Module]:

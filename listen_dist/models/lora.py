@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from listen_dist.config import ConfigError, LoraConfig
+from listen_dist.schema import ConfigError, LoraConfig
 
 
 def add_lora(llm: PreTrainedModel, config: LoraConfig, device: torch.device) -> nn.ParameterDict:

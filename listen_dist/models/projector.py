@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
-from listen_dist.config import ProjectorConfig
+from listen_dist.schema import ProjectorConfig
 from listen_dist.structures import ENCODER_RATE
 
 
@@ -20,11 +20,11 @@ class Projector(nn.Module, ABC):
     embeddings as its initial gain, so that audio starts at the scale of text.
     """
 
-    def __init__(self, config: ProjectorConfig, frame_width: int, llm_width: int, embedding_std: float) -> None:
+    def __init__(self, config: ProjectorConfig, frame_width: int, llm_width: int, embedding_std: float,
+                 audio_width: int) -> None:
         super().__init__()
         self.window_frames = max(1, math.ceil(config.window * ENCODER_RATE - 1e-6))
-        self.frame_width = frame_width
-        self.norm_in = nn.LayerNorm(frame_width)
+        self.norm_in = JoinedNorm(frame_width - audio_width, audio_width) if audio_width else nn.LayerNorm(frame_width)
         self.out = nn.Linear(config.hidden, llm_width)
         self.norm_out = nn.LayerNorm(llm_width)
         nn.init.constant_(self.norm_out.weight, embedding_std)
@@ -58,11 +58,28 @@ class Projector(nn.Module, ABC):
         """windows [B, A, window, E], mask [B, A, window] → [B, A, hidden]."""
 
 
+class JoinedNorm(nn.ModuleList):
+    """A layer norm of its own for each encoder's part of a frame.
+
+    A part that is all zero is one that the encoder has no vector for (see encoders.join_frames); it stays zero.
+    """
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__(nn.LayerNorm(width) for width in widths)
+        self.widths = list(widths)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """[…, E] → […, E]."""
+        parts = zip(self, frames.split(self.widths, -1), strict=True)
+        return torch.cat([norm(part) * part.any(-1, keepdim=True) for norm, part in parts], -1)
+
+
 class StackedMLP(Projector):
     """The frames of a window side by side through two linear layers (SLAM-ASR's projector)."""
 
-    def __init__(self, config: ProjectorConfig, frame_width: int, llm_width: int, embedding_std: float) -> None:
-        super().__init__(config, frame_width, llm_width, embedding_std)
+    def __init__(self, config: ProjectorConfig, frame_width: int, llm_width: int, embedding_std: float,
+                 audio_width: int) -> None:
+        super().__init__(config, frame_width, llm_width, embedding_std, audio_width)
         self.stack = nn.Linear(self.window_frames * frame_width, config.hidden)
 
     def encode(self, windows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -72,8 +89,9 @@ class StackedMLP(Projector):
 class WindowQFormer(Projector):
     """One learned query a window, BERT-style layers with cross-attention to its frames."""
 
-    def __init__(self, config: ProjectorConfig, frame_width: int, llm_width: int, embedding_std: float) -> None:
-        super().__init__(config, frame_width, llm_width, embedding_std)
+    def __init__(self, config: ProjectorConfig, frame_width: int, llm_width: int, embedding_std: float,
+                 audio_width: int) -> None:
+        super().__init__(config, frame_width, llm_width, embedding_std, audio_width)
         self.query = nn.Parameter(torch.randn(1, 1, config.hidden) * 0.02)
         self.layers = nn.ModuleList()
         for _ in range(config.layers):
@@ -97,7 +115,15 @@ class WindowQFormer(Projector):
         return hidden.view(rows, count, -1)
 
 
-def build_projector(config: ProjectorConfig, frame_width: int, llm_width: int, embedding_std: float) -> Projector:
-    """The projector that `projector.kind` names, with fresh weights from torch's generator."""
+def build_projector(config: ProjectorConfig, frame_width: int, llm_width: int, embedding_std: float,
+                    audio_width: int = 0) -> Projector:
+    """The projector that `projector.kind` names, with fresh weights from torch's generator.
+
+    Args:
+        frame_width: E, of both encoders together where there are two.
+        llm_width: D.
+        embedding_std: deviation of the LLM's token embeddings, the scale that audio tokens start at.
+        audio_width: how many of a frame's entries, the last ones, come from the audio encoder (0: there is none).
+    """
     kinds = {"mlp": StackedMLP, "qformer": WindowQFormer}
-    return kinds[config.kind](config, frame_width, llm_width, embedding_std)
+    return kinds[config.kind](config, frame_width, llm_width, embedding_std, audio_width)

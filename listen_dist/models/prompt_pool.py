@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from listen_dist.config import PoolConfig
 from listen_dist.kernels.topk_match.op import TopkMatch, topk_match
+from listen_dist.schema import PoolConfig
 
 
 class Pool(nn.Module, ABC):

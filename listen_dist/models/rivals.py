@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from listen_dist.config import PoolConfig
 from listen_dist.kernels.topk_match.op import TopkMatch
 from listen_dist.kernels.topk_match.reference import masked_mean
 from listen_dist.models.prompt_pool import Pool, PromptPool, initial_keys, initial_values
+from listen_dist.schema import PoolConfig
 
 
 class AttentionPool(Pool):

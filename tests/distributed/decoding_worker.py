@@ -21,12 +21,12 @@ import torch.distributed
 
 from listen_dist import config as configuration
 from listen_dist import dist
-from listen_dist.config import Config
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.evaluate import decode_split
 from listen_dist.evaluation.decoding import Decoder
 from listen_dist.evaluation.placement import placed
 from listen_dist.evaluation.predictions import PartialFile, Prediction, to_lines
+from listen_dist.schema import Config
 from listen_dist.structures import Batch
 
 

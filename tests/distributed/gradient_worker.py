@@ -22,13 +22,13 @@ from torch.distributed.tensor import DTensor
 
 from listen_dist import config as configuration
 from listen_dist import dist
-from listen_dist.config import Config
 from listen_dist.data.loader import BatchReader, find_filler, training_steps
 from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.engine.step import train_step
+from listen_dist.schema import Config
 from listen_dist.structures import LoaderState
 
 PROBED = [SampleRef(0, 0, 0), SampleRef(0, 0, 1), SampleRef(0, 0, 3), SampleRef(1, 0, 0), SampleRef(1, 0, 1)]

@@ -23,7 +23,6 @@ from torch import nn
 
 from listen_dist import config as configuration
 from listen_dist import dist
-from listen_dist.config import Config
 from listen_dist.data.features import LogMel
 from listen_dist.data.loader import BatchReader, training_steps
 from listen_dist.data.mixture import Mixture
@@ -34,6 +33,7 @@ from listen_dist.engine import checkpoint
 from listen_dist.engine.checkpoint import TrainState
 from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.models.llm import load_tokenizer
+from listen_dist.schema import Config
 
 COST = TokenCost(fixed=5, audio_tokens_per_second=10.0)
 PER_STEP = 3

@@ -20,9 +20,9 @@ import torch.distributed
 
 from listen_dist import config as configuration
 from listen_dist import dist
-from listen_dist.config import Config
 from listen_dist.engine.sharding import sharding_for
 from listen_dist.models.llm import load_llm
+from listen_dist.schema import Config
 
 
 def anonymous() -> int:

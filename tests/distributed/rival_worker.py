@@ -23,14 +23,16 @@ WORDS = ("train.batches_per_step=2", "train.schedule=constant", "train.log_every
 
 def run(config_file: str, folder: Path, words: list[str]) -> list[int]:
     """Four steps at once; two steps, then two more; the scores of the second run. Exit codes."""
-    def train_for(steps: int, name: str) -> int:
+    def train_for(steps: int, name: str, *more: str) -> int:
+        torch.distributed.barrier()  # programs of their own would start when rank 0 has saved
         return train.main(["--config", config_file, f"run_dir={folder / name}", f"train.max_steps={steps}",
-                           *WORDS, *words])
+                           *WORDS, *words, *more])
 
     codes = [train_for(4, "unbroken"), train_for(2, "resumed"), train_for(4, "resumed")]
-    if "lora.rank=8" in words:  # the same once more with the LLM whole on each rank
-        words = [*words, "parallel.llm=replicated"]
-        codes.append(train_for(4, "replicated"))
+    if "lora.rank=8" in words:  # the same once more under the LLM's other layouts
+        codes += [train_for(4, "replicated", "parallel.llm=replicated"),
+                  train_for(4, "fsdp2", "parallel.backend=fsdp2")]
+    torch.distributed.barrier()
     codes.append(evaluate.main(["--config", str(folder / "resumed/config.yaml"), "--out", str(folder / "resumed")]))
     return codes
 

@@ -17,12 +17,12 @@ import torch.distributed
 
 from listen_dist import config as configuration
 from listen_dist import dist
-from listen_dist.config import Config
 from listen_dist.data.loader import find_filler, training_steps
 from listen_dist.engine.assembly import assemble
 from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.engine.step import train_step
+from listen_dist.schema import Config
 from listen_dist.structures import LoaderState
 
 WARM_UP, COUNTED = 2, 3

@@ -13,13 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from listen_dist import Listener
-from listen_dist.config import ConfigError
 from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.assembly import assemble
 from listen_dist.engine.checkpoint import CheckpointError, TrainState
 from listen_dist.engine.optim import build_optimizer
 from listen_dist.inference.shell import newest_below
-from listen_dist.models.encoders import SpeechEncoder
+from listen_dist.schema import ConfigError
 from tests import tiny
 from tools import export
 
@@ -30,7 +29,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 class World:
     tiny: tiny.Tiny
     checkpoint: Path
-    encoder: SpeechEncoder
+    encoders: dict[str, str]
     trainable: torch.nn.ModuleDict
     """As it is in the checkpoint."""
 
@@ -46,7 +45,8 @@ def world(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Wo
             p.add_(0.3 * torch.randn_like(p))
     optimizer = build_optimizer(model.trainable, config.train)
     snapshot = checkpoint.snapshot(config, TrainState(3), model.trainable, optimizer)
-    return World(tiny_world, checkpoint.write(folder / "checkpoints", snapshot), model.encoder, model.trainable)
+    return World(tiny_world, checkpoint.write(folder / "checkpoints", snapshot), exports.encoder_fingerprints(model),
+                 model.trainable)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_fingerprints_are_those_of_the_weights(world: World, exported: Path) -> 
     frozen = json.loads((exported / "export.json").read_text())["frozen"]
     weights = (world.tiny.llm / "model.safetensors").read_bytes()
     assert frozen["llm"]["fingerprint"] == hashlib.sha256(weights).hexdigest()
-    assert frozen["speech_encoder"]["fingerprint"] == world.encoder.fingerprint
+    assert frozen["speech_encoder"]["fingerprint"] == world.encoders["speech_encoder"]
 
 
 def test_another_llm_is_refused_with_the_reason(world: World, exported: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_another_llm_is_refused_with_the_reason(world: World, exported: Path, tm
             llm.rename(renamed)
         config = world.tiny.config("parallel.llm=replicated", f"model.llm={renamed}", f"model.init_from={start}")
         with pytest.raises(ConfigError, match="embedding space"):
-            exports.start_from(config, world.trainable, world.encoder)
+            exports.start_from(config, world.trainable, world.encoders)
 
 
 @pytest.mark.parametrize("parts", ["all", "pool", "projector"])
@@ -102,7 +102,7 @@ def test_training_starts_from_an_export(world: World, exported: Path, parts: str
     config = world.tiny.config("parallel.llm=replicated", *words)
     fresh = assemble(world.tiny.config("parallel.llm=replicated"), torch.device("cpu")).model.trainable
     before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
-    exports.start_from(config, fresh, world.encoder)
+    exports.start_from(config, fresh, world.encoders)
     for name, p in fresh.named_parameters():
         source = dict(world.trainable.named_parameters()) if parts in ("all", name.split(".")[0]) else before
         assert torch.equal(p, source[name]), name

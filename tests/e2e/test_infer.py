@@ -19,13 +19,13 @@ import soundfile
 import torch
 
 from listen_dist import Listener, infer
-from listen_dist.config import ConfigError
 from listen_dist.data.decode import AudioError
 from listen_dist.engine import checkpoint
 from listen_dist.engine.assembly import assemble
 from listen_dist.engine.checkpoint import CheckpointError, TrainState
 from listen_dist.engine.optim import build_optimizer
 from listen_dist.inference.listener import Ask
+from listen_dist.schema import ConfigError
 from listen_dist.structures import SAMPLE_RATE
 from tests import launching, tiny
 

@@ -12,7 +12,6 @@ import soundfile
 import torch
 from transformers import WhisperFeatureExtractor
 
-from listen_dist.config import AugmentConfig, ConfigError
 from listen_dist.data.augment import Augmenter, add_noise, read_stretch, reverberate
 from listen_dist.data.features import LogMel
 from listen_dist.data.loader import BatchReader
@@ -20,6 +19,7 @@ from listen_dist.data.mixture import SampleRef
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.models.llm import load_tokenizer
+from listen_dist.schema import AugmentConfig, ConfigError
 from tests import tiny
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("one_thread")]

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from listen_dist.config import Config, ConfigError, PoolConfig, TrainConfig
 from listen_dist.engine import checkpoint
 from listen_dist.engine.checkpoint import CheckpointError, TrainState
 from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.run_lock import RunLock
 from listen_dist.engine.saver import Saver
 from listen_dist.models.prompt_pool import PromptPool
+from listen_dist.schema import Config, ConfigError, PoolConfig, TrainConfig
 from listen_dist.structures import LoaderState
 from tests import tiny
 from tests.unit.test_engine import trainables

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from listen_dist import config as configuration
-from listen_dist.config import Config, ConfigError
+from listen_dist.schema import Config, ConfigError
 from tests import tiny
 from tests.launching import ROOT
 

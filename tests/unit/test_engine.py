@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from listen_dist import dist
-from listen_dist.config import PoolConfig, ProjectorConfig, TrainConfig
 from listen_dist.engine.meter import Meter, effective_number
 from listen_dist.engine.optim import build_optimizer, learning_rate
 from listen_dist.engine.replicated import DriftError, ReplicatedTrainables
 from listen_dist.engine.step import StepResult
 from listen_dist.models.projector import build_projector
 from listen_dist.models.prompt_pool import PromptPool
+from listen_dist.schema import PoolConfig, ProjectorConfig, TrainConfig
 from listen_dist.structures import Batch, ModelOutput, SkippedSample
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("one_thread")]

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from listen_dist.config import EvalConfig
 from listen_dist.data.loader import BatchReader
 from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.evaluation.decoding import Decoder
 from listen_dist.models.llm import load_llm
+from listen_dist.schema import EvalConfig
 from listen_dist.structures import Batch
 from listen_dist.tasks import token_limit
 from tests import plain, tiny

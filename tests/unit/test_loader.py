@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from listen_dist.config import ConfigError, DataConfig, SetConfig
 from listen_dist.data.collate import collate
 from listen_dist.data.features import LogMel
 from listen_dist.data.loader import BatchReader, decoding_batches, find_filler, training_steps
@@ -25,6 +24,7 @@ from listen_dist.data.text import TextEncoder
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.models.encoders import SpeechEncoder, load_speech_encoder
 from listen_dist.models.llm import load_tokenizer
+from listen_dist.schema import ConfigError, DataConfig, SetConfig
 from listen_dist.structures import Batch, LoaderState
 from tests import tiny
 

@@ -12,7 +12,6 @@ import psutil
 import pytest
 from torch.utils.data import Dataset
 
-from listen_dist.config import SetConfig
 from listen_dist.data.collate import collate
 from listen_dist.data.features import LogMel
 from listen_dist.data.loader import BatchReader, LoaderError, _batches, training_steps
@@ -21,6 +20,7 @@ from listen_dist.data.schedule import TokenCost
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.models.llm import load_tokenizer
+from listen_dist.schema import SetConfig
 from listen_dist.structures import Batch, LoaderState
 from tests import tiny
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from listen_dist.evaluation import placement
-from listen_dist.planner import llm_size, room_for_whole
+from listen_dist.model_sizes import llm_size
+from listen_dist.planner import room_for_whole
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from listen_dist.config import PoolConfig, ProjectorConfig
+from listen_dist.model_sizes import count
 from listen_dist.models.projector import Projector, build_projector
 from listen_dist.models.prompt_pool import PromptPool
-from listen_dist.planner import count
+from listen_dist.schema import PoolConfig, ProjectorConfig
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("one_thread")]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from listen_dist.config import Config, ConfigError
 from listen_dist.data.schedule import SampleRef
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
+from listen_dist.model_sizes import count
 from listen_dist.models.llm import load_llm
 from listen_dist.models.rivals import build_pool
-from listen_dist.planner import count
+from listen_dist.schema import Config, ConfigError
 from tests import plain, tiny
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("one_thread")]

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from listen_dist.config import SetConfig
 from listen_dist.data.loader import _StepSampler
 from listen_dist.data.mixture import GROUP, Mixture, SampleRef, SetOrder
 from listen_dist.data.schedule import (
@@ -26,6 +25,7 @@ from listen_dist.data.schedule import (
     spread,
 )
 from listen_dist.data.shard_members import ShardError
+from listen_dist.schema import SetConfig
 from listen_dist.structures import LoaderState
 
 pytestmark = pytest.mark.timeout(120)

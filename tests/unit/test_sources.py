@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from listen_dist.config import ConfigError, DataConfig, set_addresses
+from listen_dist.config import set_addresses
 from listen_dist.data import remote, shard_cache
 from listen_dist.data.remote import HttpFolder, SourceError, StoreFolder
 from listen_dist.data.shard_members import ShardError
 from listen_dist.data.shards import ShardIndex
+from listen_dist.schema import ConfigError, DataConfig
 from tests import tiny
 from tests.serving import STALL, FaultyProxy, Nginx, find_nginx, serve
 

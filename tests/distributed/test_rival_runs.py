@@ -72,8 +72,9 @@ def test_all_rivals_see_the_same_batches(folder: Path) -> None:
     assert all(state == states[0] for state in states) and states[0]["samples"] > 4
 
 
-def test_lora_learns_the_same_under_a_sharded_and_a_whole_llm(folder: Path) -> None:
-    sharded, whole = (tensors(folder / "lora" / run) for run in ("unbroken", "replicated"))
+@pytest.mark.parametrize("layout", ["replicated", "fsdp2"])
+def test_lora_learns_the_same_under_zero3_and_other_layouts(folder: Path, layout: str) -> None:
+    sharded, whole = (tensors(folder / "lora" / run) for run in ("unbroken", layout))
     assert sum(value.numel() for key, value in sharded.items() if key.startswith("lora.")) == 3 * 8 * (128 + 96)
     for key, value in sharded.items():
         assert value.dtype == torch.float32

@@ -1,0 +1,317 @@
+"""Every key of a configuration, as nested frozen dataclasses; config.py reads and checks them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the first line names the key and the cure."""
+
+
+def require(holds: bool, key: str, value: object, what: str) -> None:
+    """Refuse `key` = `value` with the reason unless it holds."""
+    if not holds:
+        raise ConfigError(f"{key} = {value!r}: {what}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    llm: str = ""
+    """Folder or Hugging Face name of a causal LLM (Llama, Vicuna, Qwen, Mistral …). Stays frozen."""
+    speech_encoder: str = ""
+    """Folder or Hugging Face name of a Whisper model of any size. Stays frozen."""
+    audio_encoder: str = ""
+    """A BEATs checkpoint (`.pt` from its authors) whose frames stand beside the speech encoder's, for sounds that
+    are not speech. Stays frozen. Empty: none."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the frozen weights. Pool and projector are always float32."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention of the LLM. On a CPU with short rows `eager` can be faster."""
+    checkpointing: bool = False
+    """Keep only the input of each LLM layer for the backward pass and compute the rest anew: far less memory for
+    activations, about a third more computation (and gathering) a step. The gradients are the same."""
+    before_audio: str = ""
+    """Text between BOS and the audio. May hold special tokens of the LLM's chat format."""
+    after_audio: str = "{instruction}"
+    """Text between the audio and the target; `{instruction}` is replaced for each clip."""
+    seed: int = 0
+    """Seed of the initial pool and projector."""
+    init_from: str | None = None
+    """An export (tools/export.py), checkpoint or run folder whose weights to start from, trained on the same frozen
+    models. A run that goes on from a checkpoint of its own doesn't read it."""
+    init_projector: bool = True
+    """Take the projector too; otherwise the pool alone, which only needs the same LLM."""
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    kind: Literal["qformer", "mlp"] = "qformer"
+    """`qformer`: one query a window, as in the paper. `mlp`: stacked frames through two layers."""
+    window: float = 1 / 3
+    """Seconds of audio that become one audio token (windows do not overlap)."""
+    hidden: int = 768
+    """Width inside: of the Q-Former's layers, or of the MLP's hidden layer."""
+    layers: int = 2
+    """Q-Former layers (each with cross-attention)."""
+    heads: int = 12
+    """Attention heads of the Q-Former."""
+    start: Literal["random", "least_squares"] = "random"
+    """`least_squares`: solve the last layer once, before the first step, so that a window comes out
+    near the embedding of the target token spoken then, or of the whole answer (see engine/warm_start.py)."""
+    freeze: bool = False
+    """Leave only the pool to learn; give `init_from` or `model.init_from` with it."""
+    init_from: str | None = None
+    """An export, checkpoint or run folder whose projector alone to start from."""
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    selection: Literal["similarity", "attention", "task_static", "fixed", "none"] = "similarity"
+    """What stands in front of the input: `similarity`, the best k prompts for each clip (LiSTEN); `attention`, all,
+    each times its weight; `task_static`, the part that the clip's task owns and a shared part; `fixed`, all,
+    for every clip alike; `none`, nothing (see models/rivals.py)."""
+    prompts: int = 50
+    """N: prompts in the pool, one value vector each (and one key, where clips choose by keys)."""
+    shared_share: float = 0.5
+    """`task_static`: share of the pool that all tasks have in common (what cannot be divided evenly comes on top)."""
+    tasks: list[str] = field(default_factory=list)
+    """`task_static`: the tasks that own a part; default: those of `data.train`."""
+    top_k: int | None = None
+    """Prompts picked at inference; default ⌊0.4 N⌋."""
+    train_k_max: int | None = None
+    """Largest k drawn in training; default the same as `top_k`."""
+    stochastic_k: bool = True
+    """Draw k uniformly from 1 … `train_k_max` for each step; otherwise always `train_k_max`."""
+    match_weight: float = 1.0
+    """λ, the weight of the match loss."""
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    """Which implementation of the top-k matching runs."""
+
+    @property
+    def k(self) -> int:
+        """k at inference."""
+        return self.top_k if self.top_k is not None else max(1, int(0.4 * self.prompts))
+
+    @property
+    def k_max(self) -> int:
+        """Largest k in training."""
+        return self.train_k_max if self.train_k_max is not None else self.k
+
+    def task_parts(self) -> tuple[int, int]:
+        """`task_static`: prompts that each task owns, and prompts that all share.
+
+        Raises:
+            ConfigError: the pool is too small for so many tasks.
+        """
+        own = round((1 - self.shared_share) * self.prompts) // len(self.tasks)
+        require(own >= 1, "pool.prompts", self.prompts, f"must be larger, or pool.shared_share = {self.shared_share} "
+                 f"smaller, for each of {len(self.tasks)} tasks to own a prompt")
+        return own, self.prompts - own * len(self.tasks)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 0
+    """Rank of the adapters put into the frozen LLM; 0: none."""
+    alpha: int = 32
+    """An adapter's output counts alpha / rank times."""
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Names of the linear layers that get one, as the LLM calls them."""
+
+
+@dataclass(frozen=True)
+class SetConfig:
+    path: str = ""
+    """Folder of shards with an index.json (see tools/shard_dataset.py): a path, or an address that begins with
+    http://, https://, s3:// or gs://. Braces name several that are read as one set: `part-{00..07}`, `{a,b}`."""
+    weight: float = 1.0
+    """Share of this set among the samples drawn, relative to the other sets' weights (see `data.temperature`)."""
+    max_seconds: float = 0
+    """Train on clips up to this length only; longer ones are left out of the plan and not counted as unusable.
+    0: no such limit. Start-up reads every sidecar of a set with a limit."""
+    max_samples: int = 0
+    """Train on so many samples of the set at most (the first of the index); 0: all."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Changes to the audio in training, drawn anew each time a clip comes, from its id and its epoch alone.
+
+    All are off by default. They need audio: `data.stored_features` must be false.
+    """
+
+    speed: float = 0
+    """Play faster or slower by up to this share (0.1: 0.90 … 1.10 in steps of 0.01); the pitch moves along."""
+    gain_db: float = 0
+    """Louder or softer by up to so many decibels."""
+    noise: str = ""
+    """Folder of audio files (searched at all depths); a stretch of one is added to each clip."""
+    noise_snr_db: list[float] = field(default_factory=lambda: [5.0, 20.0])
+    """Lowest and highest signal-to-noise ratio in decibels, by mean power."""
+    reverb: str = ""
+    """Folder of room impulse responses (searched at all depths)."""
+    reverb_share: float = 0.5
+    """Share of the clips that get reverberation, where `reverb` is given."""
+    time_masks: int = 0
+    """SpecAugment: stretches of the log-mel replaced by its mean."""
+    time_mask_seconds: float = 0.4
+    """Longest stretch; never more than a fifth of the clip."""
+    mel_masks: int = 0
+    """SpecAugment: bands of the log-mel replaced by its mean."""
+    mel_mask_bins: int = 15
+    """Widest band."""
+
+    @property
+    def active(self) -> list[str]:
+        """The keys that switch something on."""
+        return [key for key in ("speed", "gain_db", "noise", "reverb", "time_masks", "mel_masks") if getattr(self, key)]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: list[SetConfig] = field(default_factory=list)
+    dev: list[SetConfig] = field(default_factory=list)
+    test: list[SetConfig] = field(default_factory=list)
+    temperature: float | None = None
+    """T of p ∝ weight · n^(1/T), n a set's samples: 1 draws in proportion to size, a large one from all sets
+    alike. Not given: p ∝ weight."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    batch_tokens: int = 2048
+    """Budget of LLM input tokens (padding included) of one micro-batch on one rank."""
+    batch_prompts: int | None = None
+    """Prompt tokens that each training clip is counted with in that budget; default: as many as it may get.
+    Runs with the same number see the same batches, however long their prompts are."""
+    window: int = 2048
+    """Samples among which neighbours in length are put in one batch. The larger, the less padding."""
+    max_target_tokens: int = 256
+    """A sample with a longer target is skipped and named."""
+    max_seconds: float = 30.0
+    """A longer clip is skipped and named."""
+    max_bad_fraction: float = 0.1
+    """Stop when more than this share of the samples read so far was unusable."""
+    workers: int = 0
+    """Loader processes a rank; 0: read in the training process."""
+    stored_features: bool = True
+    """Use the encoder output stored in the shards where they hold it (no encoder run)."""
+    cache_dir: str = ""
+    """Folder on this node's disk that keeps whole shards of sets read over the network; empty: no cache,
+    each sample is fetched by itself. All processes of a node share it."""
+    cache_gib: float = 100.0
+    """Size limit of the cache (GiB); the shards used longest ago make room for new ones."""
+    timeout_seconds: float = 30.0
+    """A network source that sends nothing for so long has failed once."""
+    retries: int = 8
+    """Failures in a row, each after a longer pause (0.5 s to 30 s), before a network source ends the run."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    max_steps: int = 1000
+    max_minutes: float = 0
+    """Time for the loop of one start; 0: as long as it takes. Where the time would run out first, the
+    number of steps is cut, and the learning rate cools down to the new end."""
+    batches_per_step: int = 0
+    """Micro-batches of one optimizer step, over all ranks together; 0: one a rank. A fixed
+    number gives the same losses on any number of ranks (fewer ranks accumulate)."""
+    learning_rate: float = 3e-5
+    min_learning_rate: float = 1e-5
+    """The rate at the end of the schedule."""
+    warmup_steps: int = 3000
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = 0.05
+    """On matrices of the projector; never on norms, biases or LoRA."""
+    decay_pool: bool = False
+    """Weight decay on the pool's keys and values too."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping."""
+    seed: int = 0
+    """Seed of the data order, of k and of dropout."""
+    log_every: int = 10
+    save_every: int = 200
+    keep: int = 2
+    """Checkpoints kept (the newest ones)."""
+    eval_every: int = 0
+    """Steps between two small evaluations of data.dev, which pick the best checkpoints; 0: none."""
+    eval_limit: int = 32
+    """Samples of each dev set in them; 0: all."""
+    checksum_every: int = 100
+    """Steps between two proofs that all ranks hold the same trainables."""
+    max_skipped_in_a_row: int = 10
+    """Stop after so many steps in a row with a non-finite loss or gradient (each is left out on all ranks)."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: go on from the newest checkpoint in `run_dir`, if there is one."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    llm: Literal["full", "node", "replicated"] = "full"
+    """`full`: the frozen LLM is sharded over all ranks. `node`: over the ranks of each node, so that no
+    weight crosses the network. `replicated`: whole on each."""
+    backend: Literal["deepspeed", "fsdp2"] = "deepspeed"
+    """What shards the LLM for `full` and `node`: DeepSpeed's ZeRO-3, or PyTorch's fully_shard."""
+    node_size: int = 0
+    """Ranks of one node, in the launcher's order, for `node`; 0: ranks with the same host name. Set it where
+    host names mislead (a container for each rank)."""
+    max_live_parameters: int = 30_000_000
+    """Gathered LLM parameters held at once (DeepSpeed), beside the layer at work."""
+    timeout_minutes: float = 30.0
+    """A collective that takes longer ends the run."""
+    stuck_minutes: float = 0
+    """Without progress for so long, every rank writes its Python stacks and the log names the rank that holds the
+    others up; 0: a third of `timeout_minutes`. Give it more than a step or
+    an evaluation of data.dev takes."""
+    health_check: bool = False
+    """Measure the bandwidth between every two nodes at the start, to find the slow host."""
+
+    @property
+    def stuck_seconds(self) -> float:
+        """Seconds without progress until the watchdog speaks."""
+        return 60 * (self.stuck_minutes or self.timeout_minutes / 3)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    splits: list[str] = field(default_factory=lambda: ["test"])
+    """Which of data.dev and data.test to score. One: results.json; several: results.<split>.json each."""
+    llm: Literal["auto", "whole", "sharded"] = "auto"
+    """Under parallel.llm=full: gather the LLM on every rank for the time of decoding (several times faster),
+    or leave it sharded. `auto` gathers it where the planner finds room on every rank."""
+    choices: Literal["likelihood", "generate"] = "likelihood"
+    """Answers out of a closed set (`meta.choices`, or the task's own): the one that the LLM finds most
+    likely, or whatever it generates. Where no set is known, answers are always generated."""
+    beams: int = 1
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    """Above 1: less likely to say a token again. For tasks with free text only; one-word answers go without."""
+    batch_tokens: int = 2048
+    """Budget of LLM input tokens of one decoding batch."""
+    limit: int = 0
+    """Decode only so many samples of each set, evenly spread over it; 0: all."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    mlflow: bool = True
+    uri: str = ""
+    """MLflow tracking address; empty: a SQLite file `mlflow.db` in the folder above `run_dir`."""
+    experiment: str = "listen_dist"
+
+
+@dataclass(frozen=True)
+class Config:
+    run_dir: str = ""
+    """Where checkpoints, logs and results go."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -1,0 +1,106 @@
+"""One rank of test_planner.py: steps of the trainer on one batch, with memory watched, first with recomputation.
+
+    python -m tests.distributed.planner_worker CONFIG TINY_CONFIG OUT
+
+The ranks meet over the file store that STORE names.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # noqa: F401  its import belongs to the state before loading
+import torch
+import torch.distributed
+from safetensors.torch import save_file
+
+from listen_dist import config as configuration
+from listen_dist import dist
+from listen_dist.data.mixture import SampleRef
+from listen_dist.engine.assembly import assemble
+from listen_dist.engine.optim import build_optimizer
+from listen_dist.engine.replicated import ReplicatedTrainables
+from listen_dist.engine.step import train_step
+from listen_dist.models.llm import recompute_activations
+from listen_dist.planner import Shape
+from listen_dist.schema import Config
+
+
+def anonymous() -> int:
+    """RssAnon of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+class Peak(threading.Thread):
+    """The largest RssAnon while it runs, looked at every 2 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.bytes = 0
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.is_set():
+            self.bytes = max(self.bytes, anonymous())
+            time.sleep(0.002)
+
+    def __enter__(self) -> Peak:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+
+
+def main() -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{os.environ['STORE']}", rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(minutes=10))
+    torch.set_num_threads(1)
+    config, out = configuration.load(sys.argv[1]), Path(sys.argv[3])
+    take_steps(configuration.load(sys.argv[2]), 0)  # what is imported and started only then is no part of the plan
+    gc.collect()
+    found, grads = take_steps(config, anonymous())
+    save_file(grads, out / f"grads-{dist.rank()}.safetensors")
+    (out / f"memory-{dist.rank()}.json").write_text(json.dumps(found))
+    dist.shutdown()
+
+
+def take_steps(config: Config, before: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Steps on one batch of 24 clips; peaks above `before` bytes and gradients, with recomputation and without."""
+    parts = assemble(config, torch.device("cpu"))
+    replicated = ReplicatedTrainables(parts.model.trainable)
+    optimizer = build_optimizer(parts.model.trainable, config.train)
+    reader = parts.reader(config.data.train, with_targets=True)
+    batch = reader[[SampleRef(0, number // 5, number % 5) for number in range(24)]]
+    found: dict[str, Any] = {"held": parts.sharding.bytes_held()}
+    grads = {}
+    loaded = anonymous() - before
+    for name, active in (("recomputed", True), ("kept", False)):
+        recompute_activations(parts.model.train().llm, active)
+        for _ in range(2):  # the first step has no trace to fetch ahead by
+            gc.collect()
+            with Peak() as peak:
+                result = train_step(parts.model, replicated, optimizer, config, 0, 9, [batch], batch)
+        grads[name] = replicated.grads.clone()
+        (_, output), = result.outputs
+        longest = max(map(len, batch.target_ids))
+        shape = Shape(output.padded_tokens, len(batch) * (longest + 1), output.padded_tokens // len(batch),
+                      len(batch) * max(batch.seconds))
+        found[name] = {"peak": peak.bytes - before, "shape": asdict(shape), "loaded": loaded}
+    return found, grads
+
+
+if __name__ == "__main__":
+    main()
