@@ -25,9 +25,11 @@ from listen_dist.engine.assembly import assemble
 from listen_dist.engine.checkpoint import CheckpointError, TrainState
 from listen_dist.engine.optim import build_optimizer
 from listen_dist.inference.listener import Ask
+from listen_dist.models.listen import Listen
 from listen_dist.schema import ConfigError
-from listen_dist.structures import SAMPLE_RATE
+from listen_dist.structures import SAMPLE_RATE, Batch
 from tests import launching, tiny
+from tools import bench_infer
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 
@@ -258,6 +260,34 @@ def test_done_answers_behind_a_gap_are_printed_at_an_interrupt(capsys: pytest.Ca
     with pytest.raises(KeyboardInterrupt):
         write(["a", "b", "c"], results(), Form(False, False, False))
     assert capsys.readouterr().out == "a\tfirst\nc\tthird\n"
+
+
+def test_the_benchmark_lets_both_ways_say_the_same_amount(run: Path, folder: Path, capsys: pytest.CaptureFixture[str],
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["the line", "hold", "please hold your call now", "busy"]
+    manifest = folder / "clips.jsonl"
+    manifest.write_text("".join(json.dumps({"id": f"c{i}", "audio": f"good-{i}.flac", "task": "asr", "target": text}) +
+                                "\n" for i, text in enumerate(texts)))
+    said: list[tuple[int, int, int]] = []  # rows, longest clip in mel frames, tokens
+    generate = Listen.generate
+
+    def noted(self: Listen, batch: Batch, *words: object, **options: object):  # type: ignore[no-untyped-def]
+        ids, matched = generate(self, batch, *words, **options)  # type: ignore[arg-type]
+        said.append((len(batch), batch.audio.shape[2], sum(map(len, ids))))
+        return ids, matched
+
+    monkeypatch.setattr(Listen, "generate", noted)
+    assert bench_infer.main(["--checkpoint", str(run), "--manifest", str(manifest), "--device", "cpu", "--json"]) == 0
+    manifest.unlink()
+    result = json.loads(capsys.readouterr().out)
+    speed = {(row["way"], row["batch"]): row["clips_per_second"] for row in result["rows"]}
+    assert set(speed) == {("padded", 1), ("batched", 1), ("batched", 8), ("batched", 32)}
+    assert result["summary"]["over_one_at_a_time"] == speed["batched", 8] / speed["padded", 1] > 1
+    # Each way: a warm-up, all clips, and the first token of each clip.
+    padded, single, batched = said[:9], said[9:18], said[18:24]
+    assert {frames for _, frames, _ in padded} == {3000} and max(frames for _, frames, _ in single) == 310
+    assert sum(n for _, _, n in padded[1:5]) == sum(n for _, _, n in single[1:5]) == batched[1][2] > len(texts)
+    assert batched[1][0] == 4
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:

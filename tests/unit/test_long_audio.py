@@ -80,6 +80,7 @@ def test_digital_silence_is_cut_too() -> None:
     ("we go no no", "no no they said", 2, "we go no no they said"),
     ("Please hold, the Li", "ease hold the line now", 2, "Please hold, the line now"),
     ("one two three", "four five six", 2, "one two three four five six"),  # nothing in common: nothing is dropped
+    ("x b c a", "a b c d", 2, "x b c a b c d"),  # a longer run is no match if words beside it would be lost
     ("", "four five", 2, "four five"),
     ("one two", "", 2, "one two"),
 ])
