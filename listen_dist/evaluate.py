@@ -23,6 +23,7 @@ from typing import Any
 
 from listen_dist import config as configuration
 from listen_dist import dist, logs
+from listen_dist.data.loader import LoaderError
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint
 from listen_dist.engine.assembly import assemble, with_pool_tasks
@@ -136,6 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return evaluate(*parse_arguments(argv))
     except (ConfigError, CheckpointError, ShardError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except RuntimeError as error:
+        if not (died := LoaderError.of(error)):
+            raise
+        print(f"error: {died}", file=sys.stderr, flush=True)
         return 2
     finally:
         dist.shutdown()

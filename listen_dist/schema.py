@@ -183,7 +183,7 @@ class DataConfig:
     batch_prompts: int | None = None
     """Prompt tokens that each training clip is counted with in that budget; default: as many as it may get.
     Runs with the same number see the same batches, however long their prompts are."""
-    window: int = 2048
+    window: int = 4096
     """Samples among which neighbours in length are put in one batch. The larger, the less padding."""
     max_target_tokens: int = 256
     """A sample with a longer target is skipped and named."""

@@ -26,7 +26,7 @@ import torch
 
 from listen_dist import config as configuration
 from listen_dist import dist, logs, tracking
-from listen_dist.data.loader import find_filler, training_steps
+from listen_dist.data.loader import LoaderError, find_filler, training_steps
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint, exports
@@ -153,7 +153,7 @@ def clips_of_any_rank(parts: Parts) -> Iterator[Batch]:
     data = parts.config.data
     reader = parts.reader(data.train, with_targets=True)
     steps = training_steps(
-        reader, parts.mixture(reader), parts.training_cost(), replace(data, workers=0), parts.config.train.seed,
+        reader, parts.mixture(reader), parts.training_cost(reader), replace(data, workers=0), parts.config.train.seed,
         per_step=1, rank=0, world_size=1, start=LoaderState())
     return (batch for batches, _ in steps for batch in batches)
 
@@ -191,7 +191,7 @@ def train(run: Run) -> None:
     for line in mixture.describe():
         logger.info(line)
     per_step = config.train.batches_per_step or dist.world_size()
-    steps = training_steps(reader, mixture, run.parts.training_cost(), config.data, config.train.seed,
+    steps = training_steps(reader, mixture, run.parts.training_cost(reader), config.data, config.train.seed,
                            per_step, dist.rank(), dist.world_size(), run.state.loader,
                            pin_memory=model.device.type == "cuda")
     meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples, run.state.meter)
@@ -239,6 +239,8 @@ def evaluate(run: Run, history: DevHistory) -> bool:
     for warning in warnings if dist.is_main() else ():
         logger.warning("step %d: %s", step, warning)
     return is_best
+
+
 def note_outcome(run: Run, result: StepResult) -> None:
     """Name the clips of a step that was left out; too many such steps in a row end the run."""
     state, limit = run.state, run.config.train.max_skipped_in_a_row
@@ -356,7 +358,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; a known mistake ends it with one line instead of a traceback.
 
     Returns:
-        0 finished, 2 a known mistake, RESUMABLE stopped by a signal, LOST_CONTACT another rank is gone.
+        0 finished, 2 a known mistake or a dead loader process, RESUMABLE stopped by a signal, LOST_CONTACT another
+        rank is gone.
     """
     with StopRequest() as stop:
         try:
@@ -365,6 +368,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
         except RuntimeError as error:
+            if died := LoaderError.of(error):
+                print(f"error: {died}", file=sys.stderr, flush=True)
+                return 2
             if not dist.lost_contact(error):
                 raise
             print(f"error: a collective failed ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)

@@ -54,6 +54,7 @@ from listen_dist.data.shard_entries import ShardEntry
 from listen_dist.data.shard_writer import WrittenShard, shard_name, write_index, write_shard
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
+from listen_dist.data.text_cost import learn_text_tokens
 from listen_dist.engine.meter import imbalance
 from listen_dist.models.llm import load_tokenizer
 from listen_dist.schema import Config
@@ -90,7 +91,8 @@ class Stages:
         frame = self.text.frame
         frames = max(1, round(self.config.projector.window * ENCODER_RATE))
         fixed = self.config.pool.k_max + len(frame.bos) + len(frame.before) + self.text.fixed_after + 1
-        return TokenCost(fixed, ENCODER_RATE / frames)
+        return TokenCost(fixed, ENCODER_RATE / frames, tuple(learn_text_tokens(index, self.text)
+                                                             for index in self.indexes))
 
     def tars(self) -> list[str]:
         return [str(index.folder / entry.name) for index in self.indexes for entry in index.shards]
@@ -115,7 +117,8 @@ class Stages:
         shards = [write_shard(folder / shard_name(start // 100), samples[start : start + 100])
                   for start in range(0, clips, 100)]
         write_index(folder, [shard for shard in shards if shard], 0, None)
-        data = replace(self.config.data, train=[configuration.SetConfig(str(folder))])
+        # A window for a turn: then every turn of every pipeline is over the same clips.
+        data = replace(self.config.data, train=[configuration.SetConfig(str(folder))], window=clips)
         return replace(self, config=replace(self.config, data=data), indexes=[ShardIndex.load(folder)])
 
 

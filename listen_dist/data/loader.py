@@ -39,9 +39,24 @@ from listen_dist.schema import DataConfig
 from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch, LoaderState, Record, SkippedSample
 from listen_dist.tasks import choices_for
 
+_DEATH = re.compile(r"DataLoader worker .*(killed|exited)")
+
 
 class LoaderError(RuntimeError):
     """A loader process died; the message says how, and what to try."""
+
+    @classmethod
+    def of(cls, error: RuntimeError) -> LoaderError | None:
+        """What torch says when a loader process died, said in full; None for any other error.
+
+        Torch may say so by a signal, wherever the program just is.
+        """
+        if isinstance(error, cls):
+            return error
+        if not _DEATH.search(str(error)):
+            return None
+        return cls(f"{error}\nA loader process died. Killed by signal 9 mostly means that memory ran out: lower "
+                   "data.workers or data.batch_tokens")
 
 
 class BatchReader(Dataset[Batch]):
@@ -209,9 +224,16 @@ def _batches(reader: BatchReader, sampler: object, workers: int, pin_memory: boo
         multiprocessing_context="spawn" if workers else None)
     try:
         yield from loader
-    except RuntimeError as error:
-        # What a worker raised comes with its own type and traceback; only a death is told so.
-        if not re.search(r"DataLoader worker .*(killed|exited)", str(error)):
-            raise
-        raise LoaderError(f"{error}\nA loader process died. Killed by signal 9 mostly means that memory ran out: lower "
-                          f"data.workers = {workers}, or data.batch_tokens") from error
+    except Exception as error:
+        if isinstance(error, RuntimeError) and (died := LoaderError.of(error)):
+            raise died from error
+        if workers:
+            raise _message_first(error) from None
+        raise
+
+
+def _message_first(error: Exception) -> Exception:
+    """What a worker raised; torch hands it on with its traceback before its message, we the other way round."""
+    told, kind = str(error), type(error)
+    *_, last = re.split(rf"^(?:[\w.]+\.)?{kind.__name__}: ", told, flags=re.MULTILINE)
+    return kind(f"{last.rstrip()}\n\n{told}") if last != told else error

@@ -28,6 +28,8 @@ MAX_DEPTH = 8
 # 80 characters keep `<id>.speech.npy` within a plain ustar header.
 ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 _TEXT_KEYS = ("id", "task", "target", "instruction", "question", "language", "speaker", "split")
 _KEYS = (*_TEXT_KEYS, "audio", "references", "duration", "meta")
 
@@ -122,7 +124,7 @@ def record_from_json(text: bytes, need_audio: bool = True) -> Record:
     if len(text) > MAX_LINE_BYTES:
         raise ManifestError(f"longer than {MAX_LINE_BYTES} bytes; one record is one short line")
     try:
-        fields = json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
+        fields = _DECODER.decode(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ManifestError(f"not UTF-8 at byte {error.start}; write the file as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -239,7 +241,7 @@ def _check_record(record: Record, need_audio: bool) -> None:
 
 def _is_text(value: object) -> bool:
     """Tell whether a JSON value is text that can be written again (JSON can spell lone surrogates)."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and not _SURROGATE.search(value)
 
 
 def _strings(fields: dict[str, Any], key: str) -> tuple[str, ...]:
@@ -275,3 +277,6 @@ def _children(node: dict[str, object] | list[object]) -> list[object]:
 
 def _refuse_constant(name: str) -> object:
     raise ManifestError(f"not JSON: {name} is no number that JSON knows")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # `json.loads` would make one for each record

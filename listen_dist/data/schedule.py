@@ -29,17 +29,28 @@ EVENNESS = 1 / 200
 
 
 @dataclass(frozen=True)
+class TextTokens:
+    """Tokens of a set's texts (instruction and target) by their characters: a straight line."""
+
+    base: float = 0.0
+    per_character: float = 1 / 3.5
+
+
+@dataclass(frozen=True)
 class TokenCost:
     """How many LLM tokens a sample takes, estimated from what the index knows."""
 
     fixed: int
     """Prompts, BOS, the text before the audio, what follows it besides the instruction, and EOS."""
     audio_tokens_per_second: float
-    characters_per_token: float = 3.5
+    text: tuple[TextTokens, ...] = ()
+    """For each set, as text_cost.py learns it; a rule of thumb for sets beyond."""
 
-    def __call__(self, seconds: np.ndarray, characters: np.ndarray) -> np.ndarray:
-        """Tokens (float64) of samples with so many seconds of audio and characters of text."""
-        return self.fixed + np.ceil(seconds * self.audio_tokens_per_second) + characters / self.characters_per_token
+    def __call__(self, seconds: np.ndarray, characters: np.ndarray, sets: Sequence[int]) -> np.ndarray:
+        """Tokens (float64) of samples with so many seconds of audio and characters of text, of these sets."""
+        lines = [self.text[place] if place < len(self.text) else TextTokens() for place in range(max(sets) + 1)]
+        base, slope = np.array([(line.base, line.per_character) for line in lines])[list(sets)].T
+        return self.fixed + np.ceil(seconds * self.audio_tokens_per_second) + base + characters * slope
 
 
 def costs_of(refs: Sequence[SampleRef], indexes: Sequence[ShardIndex], cost: TokenCost) -> np.ndarray:
@@ -49,7 +60,7 @@ def costs_of(refs: Sequence[SampleRef], indexes: Sequence[ShardIndex], cost: Tok
     for i, ref in enumerate(refs):
         table = tables[ref.set, ref.shard]
         seconds[i], characters[i] = table.seconds[ref.row], table.text_chars[ref.row]
-    return cost(seconds, characters)
+    return cost(seconds, characters, [ref.set for ref in refs])
 
 
 def cut_by_budget(costs: np.ndarray, order: Sequence[int], budget: float, real: float = math.inf) -> list[list[int]]:

@@ -19,7 +19,7 @@ from listen_dist.structures import AudioSample
 AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3")
 FEATURE_SUFFIX = "speech.npy"
 
-Want = Literal["audio", "features", "both"]
+Want = Literal["record", "audio", "features", "both"]
 
 
 class ShardError(ValueError):
@@ -41,12 +41,12 @@ def parse_sample(block: bytes, name: str, want: Want, max_seconds: float, width:
     if record.id != name:
         raise ShardError(f"its .json member is of {record.id!r}")
     waveform = frames = None
-    if want != "features":
+    if want in ("audio", "both"):
         audio = [members[suffix] for suffix in AUDIO_SUFFIXES if suffix in members]
         if len(audio) != 1:
             raise ShardError(f"{len(audio)} audio members; expected one")
         waveform = decode_audio(audio[0], max_seconds)
-    if want != "audio":
+    if want in ("features", "both"):
         if width is None or FEATURE_SUFFIX not in members:
             raise ShardError("no stored features; write the shards with --features speech")
         frames = _parse_features(members[FEATURE_SUFFIX], width)
@@ -57,29 +57,29 @@ def _members(block: bytes, name: str) -> dict[str, bytes]:
     """Return suffix -> content of one sample's part of a tar; refuse whatever we don't expect there."""
     allowed = {f"{name}.{suffix}": suffix for suffix in (*AUDIO_SUFFIXES, "json", FEATURE_SUFFIX)}
     found: dict[str, bytes] = {}
+    start = 0
     try:
-        with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
-            for member in tar:
-                suffix = allowed.get(member.name)
-                if (
-                    suffix is None
-                    or suffix in found
-                    or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE)
-                ):
-                    raise ShardError(f"unexpected tar member {member.name[:100]!r} (type {member.type!r})")
-                if member.size > (MAX_LINE_BYTES if suffix == "json" else len(block)):
-                    raise ShardError(f"tar member {member.name!r} claims {member.size} bytes")
-                content = tar.extractfile(member)
-                found[suffix] = content.read() if content else b""
-                if len(found[suffix]) != member.size:
-                    raise ShardError(f"tar member {member.name!r} is cut short")
-            end = tar.offset
-    except ShardError:
-        raise
-    except (tarfile.TarError, ValueError, EOFError, OSError) as error:
-        raise ShardError(f"not a tar at its byte range ({error}); copy or write the shard anew") from None
-    # tarfile ends silently at garbage; only zeros may follow the last member.
-    if any(block[end:]):
+        # Zeros end a tar. We go from header to header ourselves: no link, long name or sparse map is ever followed.
+        while block[start : start + 1].strip(b"\0"):
+            header = tarfile.TarInfo.frombuf(block[start : start + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+            suffix = allowed.get(header.name)
+            if (
+                suffix is None
+                or suffix in found
+                or header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE)
+            ):
+                raise ShardError(f"unexpected tar member {header.name[:100]!r} (type {header.type!r})")
+            if header.size > (MAX_LINE_BYTES if suffix == "json" else len(block)):
+                raise ShardError(f"tar member {header.name!r} claims {header.size} bytes")
+            start += tarfile.BLOCKSIZE
+            found[suffix] = block[start : start + header.size]
+            if len(found[suffix]) != header.size:
+                raise ShardError(f"tar member {header.name!r} is cut short")
+            start += -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    except tarfile.HeaderError as error:
+        raise ShardError(f"garbage after its last tar member ({error}); copy or write the shard anew" if found else
+                         f"not a tar at its byte range ({error}); copy or write the shard anew") from None
+    if block.count(0, start) != max(0, len(block) - start):
         raise ShardError("garbage after its last tar member; copy or write the shard anew")
     return found
 

@@ -125,20 +125,23 @@ class ShardIndex:
         Raises:
             ShardError: the sidecar is missing, damaged, or disagrees with the index.
         """
-        entry = self.shards[shard]
+        return self._table(self.shards[shard])
+
+    def _table(self, entry: ShardEntry) -> SampleTable:
         folder, name = locate(self.folder, entry.sidecar)
         return _read_table(folder, name, entry.samples_sha256, entry.samples, entry.bytes)
 
     def read_sample(
         self, shard: int, row: int, want: Want = "audio", max_seconds: float = 60.0
     ) -> AudioSample:
-        """Read one sample: its record, and the waveform and/or the stored features.
+        """Read one sample: its record, and as wanted the waveform and/or the stored features.
 
         Raises:
             ShardError: anything about the sample or its shard is wrong.
             SourceError: the source fails.
         """
-        entry, table = self.shards[shard], self.shard_table(shard)
+        entry = self.shards[shard]
+        table = self._table(entry)
         folder, name = locate(self.folder, entry.name)
         try:
             block = folder.read_range(replace(entry.tar, name=name), int(table.offset[row]), int(table.bytes[row]))

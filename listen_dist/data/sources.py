@@ -123,7 +123,7 @@ class LocalFolder:
             ShardError: the file can't be opened, or ends before.
         """
         try:
-            descriptor = os.open(self.path / file.name, os.O_RDONLY)
+            descriptor = os.open(f"{self.path}/{file.name}", os.O_RDONLY)
         except OSError as error:
             raise ShardError(f"the shard can't be opened ({error.strerror}); restore it") from None
         try:

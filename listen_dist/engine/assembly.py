@@ -15,6 +15,7 @@ from listen_dist.data.mixture import Mixture
 from listen_dist.data.schedule import TokenCost
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
+from listen_dist.data.text_cost import learn_text_tokens
 from listen_dist.engine.sharding import Sharding, sharding_for
 from listen_dist.models.beats import load_audio_encoder
 from listen_dist.models.encoders import load_speech_encoder
@@ -71,10 +72,13 @@ class Parts:
         """Tokens that a clip takes in the LLM where k prompts are asked for."""
         return self._cost(self.model.pool.prompt_tokens(k))
 
-    def training_cost(self) -> TokenCost:
-        """The same for training: with the longest prompt, or what `data.batch_prompts` says."""
+    def training_cost(self, reader: BatchReader) -> TokenCost:
+        """The same for the sets of training: with the longest prompt, or what `data.batch_prompts` says."""
         counted = self.config.data.batch_prompts
-        return self.token_cost(self.config.pool.k_max) if counted is None else self._cost(counted)
+        cost = self.token_cost(self.config.pool.k_max) if counted is None else self._cost(counted)
+        # One rank reads and tells the others: all must plan alike, and a bad disk is one rank's alone.
+        return replace(cost, text=dist.on_main(lambda: tuple(
+            learn_text_tokens(index, self.text) for index in reader.indexes)))
 
     def _cost(self, prompts: int) -> TokenCost:
         frame = self.text.frame

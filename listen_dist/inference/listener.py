@@ -15,6 +15,7 @@ soundfile or PyAV read. A Listener may be used from several threads: one lock gu
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import threading
@@ -284,9 +285,10 @@ class Listener:
     def _answer_all(self, heard: dict[int, _Heard], ask: Ask, budget: int) -> Iterator[tuple[int, Answer]]:
         """Answer clips in batches of pieces of like length; each clip as soon as its last piece is done."""
         places = [(number, i) for number, clip in heard.items() for i, row in enumerate(clip.rows) if row is not None]
-        rows = [heard[number].rows[i] for number, i in places]
-        seconds = np.array([row.seconds for row in rows if row is not None])
-        costs = self.parts.token_cost(self._decoder.k)(seconds, np.array([4.0 * len(r.after_ids) for r in rows if r]))
+        rows = [row for clip in heard.values() for row in clip.rows if row is not None]
+        cost = self.parts.token_cost(self._decoder.k)
+        costs = np.array([cost.fixed + math.ceil(row.seconds * cost.audio_tokens_per_second) + len(row.after_ids)
+                          for row in rows])
         done: dict[int, dict[int, Prediction]] = {number: {} for number in heard}
         for batch in cut_by_budget(costs, np.argsort(costs, kind="stable").tolist(), budget):
             for at, prediction in zip(batch, self._answer_rows([rows[at] for at in batch], ask), strict=True):

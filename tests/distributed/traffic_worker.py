@@ -42,7 +42,7 @@ def run(config: Config, interface: str) -> dict[str, object]:
     replicated = ReplicatedTrainables(parts.model.trainable)
     optimizer = build_optimizer(parts.model.trainable, config.train)
     reader = parts.reader(config.data.train, with_targets=True)
-    steps = training_steps(reader, [entry.weight for entry in config.data.train], parts.token_cost(config.pool.k_max),
+    steps = training_steps(reader, parts.mixture(reader), parts.token_cost(config.pool.k_max),
                            config.data, config.train.seed, dist.world_size(), dist.rank(), dist.world_size(),
                            LoaderState())
     before = 0

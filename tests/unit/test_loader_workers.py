@@ -12,10 +12,12 @@ import psutil
 import pytest
 from torch.utils.data import Dataset
 
+from listen_dist import evaluate, train
 from listen_dist.data.collate import collate
 from listen_dist.data.features import LogMel
 from listen_dist.data.loader import BatchReader, LoaderError, _batches, training_steps
 from listen_dist.data.mixture import Mixture
+from listen_dist.data.remote import SourceError
 from listen_dist.data.schedule import TokenCost
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
@@ -34,7 +36,7 @@ class Empty(Dataset[Batch]):
 
     def __getitem__(self, place: int) -> Batch:
         if place == BAD:
-            raise ValueError("this one is bad")
+            raise SourceError("https://host/shard-000003.tar: no answer; try again")
         return collate([], False, [])
 
 
@@ -48,14 +50,17 @@ def endless(start: int) -> Iterator[Batch]:
     return _batches(Empty(), itertools.count(start), workers=2)  # type: ignore[arg-type]
 
 
-def test_a_raising_worker_is_an_error_with_its_traceback_and_leaves_none() -> None:
-    with pytest.raises(ValueError, match=r"(?s)worker process.*Traceback.*__getitem__.*this one is bad"):
+def test_a_raising_worker_is_an_error_with_its_message_first_then_its_traceback_and_leaves_none() -> None:
+    # Keeps no traceback: that would keep the worker processes alive.
+    with pytest.raises(SourceError, match=r"(?s)\Ahttps://host/shard-000003.tar: no answer; try again\n.*worker process"
+                                          r".*Traceback.*__getitem__"):
         for place, _ in enumerate(endless(0)):
             assert place < BAD
     assert not psutil.wait_procs(children(), timeout=30)[1]
 
 
-def test_a_dead_worker_is_an_error_within_seconds_and_closing_leaves_none() -> None:
+def test_a_dead_worker_is_an_error_within_seconds_and_closing_leaves_none(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     batches = endless(BAD + 1)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
@@ -67,6 +72,16 @@ def test_a_dead_worker_is_an_error_within_seconds_and_closing_leaves_none() -> N
     assert kind in (RuntimeError, LoaderError) and re.search(r"DataLoader worker .*(killed|exited)", text)
     batches.close()  # type: ignore[attr-defined]
     assert not psutil.wait_procs(children(), timeout=30)[1]
+
+    def fail(*_: object) -> int:
+        raise kind(text)
+
+    for program, part in ((train, "run_program"), (evaluate, "evaluate")):
+        monkeypatch.setattr(program, "parse_arguments", lambda _: ())
+        monkeypatch.setattr(program, part, fail)
+        assert program.main([]) == 2
+        said = capsys.readouterr().err
+        assert re.search(r"(?m)^error: DataLoader worker .*(killed|exited).*\nA loader process died", said)
 
 
 def end_of(batches: Iterator[Batch], victim: int) -> tuple[type[Exception], str]:
