@@ -246,7 +246,7 @@ def _folder(path: str) -> Path:
     """Where the files of a folder or Hugging Face name lie here."""
     if os.path.exists(path):
         return Path(path) if os.path.isdir(path) else Path(path).parent
-    return Path(cached_file(path, "config.json")).parent
+    return Path(str(cached_file(path, "config.json"))).parent
 
 
 def _short(path: str) -> str:
