@@ -201,10 +201,14 @@ def check(config: Config) -> None:
              "with pool.selection = 'none' and no LoRA leaves nothing to learn")
     require(projector.kind == "mlp" or projector.hidden % projector.heads == 0, "projector.hidden",
              projector.hidden, f"must be a multiple of projector.heads = {projector.heads}")
-    require(not projector.freeze or projector.init_from is not None, "projector.freeze", True,
-             "needs projector.init_from: a frozen random projector cannot learn")
-    require(projector.init_from is None or projector.start == "random", "projector.start", projector.start,
-             "would overwrite what projector.init_from loads; give one of the two")
+    from_model = config.model.init_from is not None and config.model.init_projector
+    loads_projector = from_model or projector.init_from is not None
+    require(not projector.freeze or loads_projector, "projector.freeze", True,
+            "needs projector.init_from or model.init_from: a frozen random projector cannot learn")
+    require(not loads_projector or projector.start == "random", "projector.start", projector.start,
+            f"would overwrite what {'model' if from_model else 'projector'}.init_from loads; give one of the two")
+    require(not from_model or projector.init_from is None, "projector.init_from", projector.init_from,
+            "model.init_from brings a projector too; set model.init_projector=false, or give one of the two")
     require("{instruction}" in config.model.after_audio, "model.after_audio", config.model.after_audio,
              "must hold {instruction}, else every task gets the same question")
     for key, beta in (("train.beta1", train.beta1), ("train.beta2", train.beta2)):

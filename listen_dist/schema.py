@@ -38,6 +38,11 @@ class ModelConfig:
     """Text between the audio and the target; `{instruction}` is replaced for each clip."""
     seed: int = 0
     """Seed of the initial pool and projector."""
+    init_from: str | None = None
+    """An export (tools/export.py), checkpoint or run folder whose weights to start from, trained on the same frozen
+    models. A run that goes on from a checkpoint of its own doesn't read it."""
+    init_projector: bool = True
+    """Take the projector too; otherwise the pool alone, which only needs the same LLM."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,9 @@ class ProjectorConfig:
     """`least_squares`: solve the last layer once, before the first step, so that a window comes out
     near the embedding of the target token spoken then, or of the whole answer (see engine/warm_start.py)."""
     freeze: bool = False
-    """Leave only the pool to learn; give `init_from` with it."""
+    """Leave only the pool to learn; give `init_from` or `model.init_from` with it."""
     init_from: str | None = None
-    """A checkpoint folder whose projector to start from."""
+    """An export, checkpoint or run folder whose projector alone to start from."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from listen_dist.structures import Record
+if TYPE_CHECKING:  # brings torch along, which would keep `--help` waiting
+    from listen_dist.structures import Record
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from listen_dist import dist, logs, tracking
 from listen_dist.data.loader import LoaderError, find_filler, training_steps
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.shards import ShardError
-from listen_dist.engine import checkpoint
+from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
 from listen_dist.engine.checkpoint import CheckpointError, TrainState
 from listen_dist.engine.health import report_links
@@ -124,8 +124,8 @@ def set_up(config: Config, device: torch.device, stop: StopRequest) -> Run:
         checkpoint.load_trainables(resume_from, parts.model.trainable)
         checkpoint.load_optimizer(resume_from, parts.model.trainable, optimizer)
         logger.info("going on from %s", resume_from)
-    elif config.projector.start == "least_squares":
-        fit_last_layer(parts.model, clips_of_any_rank(parts))
+    else:
+        start_anew(parts)
     replicated.prove_equal(state.step)
     trackers = tracking.Trackers()
     if dist.is_main():
@@ -139,6 +139,13 @@ def set_up(config: Config, device: torch.device, stop: StopRequest) -> Run:
               last_step=config.train.max_steps)
     summarize(run)
     return run
+
+
+def start_anew(parts: Parts) -> None:
+    """Initial weights that are not from a seed: an earlier run's, and least squares for the projector."""
+    exports.start_from(parts.config, parts.model.trainable, exports.encoder_fingerprints(parts.model))
+    if parts.config.projector.start == "least_squares":
+        fit_last_layer(parts.model, clips_of_any_rank(parts))
 
 
 def clips_of_any_rank(parts: Parts) -> Iterator[Batch]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,6 @@ from listen_dist.data.schedule import TokenCost
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.data.text_cost import learn_text_tokens
-from listen_dist.engine import checkpoint
 from listen_dist.engine.sharding import Sharding, sharding_for
 from listen_dist.models.beats import load_audio_encoder
 from listen_dist.models.encoders import load_speech_encoder
@@ -126,8 +124,6 @@ def assemble(config: Config, device: torch.device) -> Parts:
     audio_width = audio_encoder.width if audio_encoder else 0
     projector = build_projector(config.projector, encoder.width + audio_width, llm.config.hidden_size, stats.std,
                                 audio_width)
-    if config.projector.init_from:
-        checkpoint.load_trainables(checkpoint.resolve(Path(config.projector.init_from)), projector, "projector.")
     projector.requires_grad_(not config.projector.freeze)
     # After the layout, so that no rank shards the adapters.
     lora = add_lora(llm, config.lora, device) if config.lora.rank else None

@@ -111,14 +111,19 @@ class Decoder:
                            tuple(row.tolist()))
                 for i, row in enumerate(likelihoods)]
 
-    def generate(self, batch: Batch) -> list[Prediction]:
-        """What the LLM says to each row of a batch of one task."""
-        limits = [token_limit(task, seconds) for task, seconds in zip(batch.tasks, batch.seconds, strict=True)]
+    def generate(self, batch: Batch, limit: int | None = None, **options: object) -> list[Prediction]:
+        """What the LLM says to each row of a batch of one task.
+
+        Args:
+            limit: most tokens of an answer; default: by task and length of the clip.
+            options: for Hugging Face's `generate`.
+        """
+        limits = [limit or token_limit(task, seconds) for task, seconds in zip(batch.tasks, batch.seconds, strict=True)]
         config = self.config
         penalty = config.repetition_penalty if get_task(batch.tasks[0]).answers == "text" else 1.0
         ids, matched = self.parts.model.generate(
             batch, self.k, limits, num_beams=config.beams, repetition_penalty=penalty,
-            length_penalty=config.length_penalty if config.beams > 1 else None, synced_gpus=not self.whole)
+            length_penalty=config.length_penalty if config.beams > 1 else None, synced_gpus=not self.whole, **options)
         return [Prediction(batch.ids[i], batch.tasks[i], self.parts.text.decode(row), batch.answers[i],
                            tuple(matched.indices[i].tolist()), tuple(matched.scores[i].tolist()), batch.choices[i])
                 for i, row in enumerate(ids)]

@@ -66,6 +66,7 @@ def error_of(result: tuple[int, str]) -> str:
     ("data.train=[]", ("data.train",)),
     ("data.train[0].path=/nowhere/shards", ("/nowhere/shards", "no such index", "tools/shard_dataset.py")),
     ("projector.init_from=/nowhere", ("/nowhere: no checkpoint here",)),
+    ("model.init_from=/nowhere", ("/nowhere: no checkpoint here",)),
 ])
 def test_a_wrong_path_is_named(program: Program, tmp_path: Path, word: str, parts: tuple[str, ...]) -> None:
     line = error_of(program(training.main, f"run_dir={tmp_path / 'run'}", word))

@@ -1,0 +1,254 @@
+"""Exports: a trained pool and projector in one folder, to be shared.
+
+    trainables.safetensors   pool and projector (and LoRA), fp32 or fp16
+    config.yaml              the configuration they were trained with
+    README.md                a model card for people
+    export.json              step, sha256 of the files above, fingerprints and licences of the frozen models
+
+The frozen models are not in it; whoever loads it must have the same ones, which the fingerprints tell.
+`tools/export.py` writes one; `Listener.from_checkpoint` and `model.init_from` read it like a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+from transformers.utils import cached_file
+
+from listen_dist import config as configuration
+from listen_dist.engine import checkpoint
+from listen_dist.engine.checkpoint import CheckpointError
+from listen_dist.models.listen import Listen
+from listen_dist.schema import Config, ConfigError
+
+FILES = ("trainables.safetensors", "config.yaml", "README.md")
+FROZEN = {
+    "llm": "prompts and projector live in the embedding space of the LLM that they were trained with and mean nothing "
+           "to another",
+    "speech_encoder": "the projector reads the frames of the encoder that it was trained with",
+    "audio_encoder": "the projector reads the frames of the encoder that it was trained with",
+}
+"""The frozen models by their keys under `model`, and why another one will not do."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """One frozen model that an export needs."""
+
+    name: str
+    """Last part of its path, or its Hugging Face name."""
+    fingerprint: str
+    licence: str
+
+
+def resolve(path: Path) -> Path:
+    """The export or checkpoint folder at `path` (a run folder: its newest checkpoint), its files checked.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if not (path / "export.json").is_file():
+        found = checkpoint.resolve(path)
+        checkpoint.read_state(found)
+        return found
+    for name, expected in _read(path)["sha256"].items():
+        if not (path / name).is_file() or hashlib.sha256((path / name).read_bytes()).hexdigest() != expected:
+            raise CheckpointError(f"{path / name}: missing or damaged (sha256 differs from export.json); "
+                                  "copy the export again")
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    file = path / "export.json"
+    try:
+        tree = json.loads(file.read_text())
+        if set(tree["sha256"]) == set(FILES) and tree["format_version"] == 1:
+            return {**tree, "frozen": {key: Frozen(**value) for key, value in tree["frozen"].items()}}
+        reason = "not of the format that this version reads"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error)
+    raise CheckpointError(f"{file}: damaged ({reason}); copy the export again")
+
+
+def encoder_fingerprints(model: Listen) -> dict[str, str]:
+    """Of the encoders of a model, by their config keys."""
+    sounds = {"audio_encoder": model.audio_encoder.fingerprint} if model.audio_encoder is not None else {}
+    return {"speech_encoder": model.encoder.fingerprint, **sounds}
+
+
+def check_frozen(path: Path, config: Config, encoders: Mapping[str, str], of_projector: bool = True) -> None:
+    """Refuse frozen models that `path` was not trained on.
+
+    An export tells them by fingerprint, a checkpoint by the last part of their paths, so that folders can move.
+
+    Args:
+        path: a resolved export or checkpoint.
+        config: names the models in use.
+        encoders: their encoders' fingerprints (see `encoder_fingerprints`).
+        of_projector: the projector is taken too, which is bound to the encoders besides the LLM.
+
+    Raises:
+        ConfigError: naming the model, and why it must be the same.
+    """
+    saved = configuration.load(path / "config.yaml").model
+    if (path / "export.json").is_file():
+        needed: Mapping[str, Frozen] = _read(path)["frozen"]
+        here = {"llm": llm_fingerprint(config.model.llm), **encoders}
+        same = {key: (needed[key].fingerprint if key in needed else None) == here.get(key) for key in FROZEN}
+    else:
+        same = {key: Path(getattr(saved, key)).name == Path(getattr(config.model, key)).name for key in FROZEN}
+    for key, why in FROZEN.items() if of_projector else [("llm", FROZEN["llm"])]:
+        if not same[key]:
+            raise ConfigError(f"model.{key} = {getattr(config.model, key)!r}: is not the model that {path} was trained "
+                              f"on ({Path(getattr(saved, key)).name or 'none'}): {why}. Give that one, or train anew")
+
+
+def start_from(config: Config, trainable: nn.ModuleDict, encoders: Mapping[str, str]) -> None:
+    """Fill the trainables as `model.init_from` and `projector.init_from` say; nothing where neither is given.
+
+    Raises:
+        CheckpointError, ConfigError: what they name can't be used, or belongs to other frozen models.
+    """
+    if config.model.init_from is not None:
+        path, with_projector = resolve(Path(config.model.init_from)), config.model.init_projector
+        check_frozen(path, config, encoders, with_projector)
+        if with_projector:
+            checkpoint.load_trainables(path, trainable)
+        else:
+            checkpoint.load_trainables(path, trainable["pool"], "pool.")
+    if config.projector.init_from is not None:
+        path = resolve(Path(config.projector.init_from))
+        check_frozen(path, config, encoders)
+        checkpoint.load_trainables(path, trainable["projector"], "projector.")
+
+
+def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, results: Mapping[str, Any] | None,
+          half: bool) -> Path:
+    """Write an export of a checkpoint; the folder appears whole or not at all.
+
+    Args:
+        source: a resolved checkpoint.
+        encoders: fingerprints of its encoders, by their config keys.
+        config: where the frozen models lie here.
+        results: of an evaluation of this checkpoint (results.json), for the model card.
+        half: store float16 instead of float32.
+
+    Raises:
+        ConfigError: the folder is there already, or results of another checkpoint.
+        OSError: it can't be written.
+    """
+    if out.exists():
+        raise ConfigError(f"{out}: is there already; name another folder, or remove it")
+    trainables = source / "trainables.safetensors"
+    if results and results.get("checkpoint_sha256") != hashlib.sha256(trainables.read_bytes()).hexdigest():
+        raise ConfigError(f"the results are of {results.get('checkpoint')}, not of {source}; evaluate this checkpoint")
+    saved = configuration.load(source / "config.yaml")
+    frozen = {key: Frozen(_short(getattr(saved.model, key)), value, licence(getattr(config.model, key)))
+              for key, value in {"llm": llm_fingerprint(config.model.llm), **encoders}.items()}
+    tensors = {key: value.half() if half else value for key, value in load_file(trainables).items()}
+    step = checkpoint.read_state(source).step
+    # Nobody else has this machine's folders.
+    shared = replace(saved, run_dir=".", model=replace(saved.model, init_from=None),
+                     projector=replace(saved.projector, freeze=False, init_from=None),
+                     train=replace(saved.train, eval_every=0),
+                     data=replace(saved.data, train=[], dev=[], test=[], cache_dir=""))
+    contents = {"trainables.safetensors": save(tensors), "config.yaml": configuration.to_yaml(shared).encode(),
+                "README.md": model_card(shared, step, tensors, frozen, results).encode()}
+    tree = {"format_version": 1, "step": step, "frozen": {key: vars(model) for key, model in frozen.items()},
+            "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        for name, content in (contents | {"export.json": json.dumps(tree, indent=1).encode()}).items():
+            (beside / name).write_bytes(content)
+        beside.rename(out)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return out
+
+
+def model_card(config: Config, step: int, tensors: Mapping[str, torch.Tensor], frozen: Mapping[str, Frozen],
+               results: Mapping[str, Any] | None) -> str:
+    """What the export is, needs and reaches, as Markdown."""
+    sizes = {part: sum(value.numel() for key, value in tensors.items() if key.startswith(f"{part}."))
+             for part in ("pool", "projector", "lora")}
+    learned = ", ".join(f"{part} {size:,}" for part, size in sizes.items() if size)
+    lines = [
+        "# LiSTEN prompts and projector", "",
+        f"Learned parameters after {step} steps: {learned}. Selection `{config.pool.selection}`, {config.pool.prompts} "
+        f"prompts, k = {config.pool.k}. The frozen models are not included.", "",
+        "## Use", "```",
+        "python -m listen_dist.infer a.flac --checkpoint THIS_FOLDER --llm DIR --speech-encoder DIR", "```", "",
+        "## Frozen models it needs", "| | model | licence | fingerprint (sha256 of the weights) |", "|---|---|---|---|",
+        *(f"| {key} | {model.name} | {model.licence} | `{model.fingerprint}` |" for key, model in frozen.items()), "",
+        "## Figures"]
+    if results is None:
+        lines.append("Not evaluated.")
+    else:
+        lines += [f"Split `{results['split']}`, k = {results['k']}, decoding {json.dumps(results['decoding'])}.", "",
+                  "| task | samples | metric | value | 95 % interval | trivial baseline |", "|---|---|---|---|---|---|"]
+        lines += [_figure(task, entry) for task, entry in results["tasks"].items()]
+    return "\n".join([*lines, ""])
+
+
+def _figure(task: str, entry: Mapping[str, Any]) -> str:
+    metric = entry["metric"]
+    if metric not in entry["metrics"]:
+        return f"| {task} | {entry['samples']} | {metric} | not computed | | |"
+    low, high = entry["intervals"][metric]
+    value, baseline = entry["metrics"][metric], entry["baseline"][metric]
+    return (f"| {task} | {entry['samples']} | {metric} ({entry['better']} is better) | {value:.3f} | "
+            f"{low:.3f} … {high:.3f} | {baseline:.3f} |")
+
+
+def llm_fingerprint(path: str) -> str:
+    """sha256 over the safetensors files of an LLM, in the order of their names.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
+    digest = hashlib.sha256()
+    files = sorted(_folder(path).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"model.llm = {path!r}: no *.safetensors file, so it has no fingerprint")
+    for file in files:
+        with file.open("rb") as content:
+            while block := content.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def licence(path: str) -> str:
+    """What a model's SOURCE.json or model card calls its licence."""
+    folder = _folder(path)
+    if (folder / "SOURCE.json").is_file():
+        return str(json.loads((folder / "SOURCE.json").read_text()).get("source", {}).get("licence", "not stated"))
+    card = folder / "README.md"
+    stated = re.search(r"^licen[sc]e: *(\S.*)$", card.read_text(errors="replace"), re.M) if card.is_file() else None
+    return stated[1].strip() if stated else "not stated"
+
+
+def _folder(path: str) -> Path:
+    """Where the files of a folder or Hugging Face name lie here."""
+    if os.path.exists(path):
+        return Path(path) if os.path.isdir(path) else Path(path).parent
+    return Path(str(cached_file(path, "config.json"))).parent
+
+
+def _short(path: str) -> str:
+    """A Hugging Face name as it is, of a folder its name alone: paths of one machine are nobody else's business."""
+    return path if path.count("/") == 1 and not os.path.isdir(path) else Path(path).name

@@ -1,0 +1,61 @@
+"""Write what was trained into one folder for sharing: weights, configuration, model card, fingerprints.
+
+    python tools/export.py --checkpoint runs/quickstart --out quickstart-export
+    python tools/export.py --checkpoint runs/quickstart --out small --half --results runs/quickstart/results.json
+
+The figures of results.json go into the model card; it must be of the same checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from listen_dist import config as configuration
+from listen_dist.engine import checkpoint, exports
+from listen_dist.engine.checkpoint import CheckpointError
+from listen_dist.models.beats import load_audio_encoder
+from listen_dist.models.encoders import load_speech_encoder
+from listen_dist.schema import ConfigError
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint, or run folder (its newest one)")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write; must not be there yet")
+    parser.add_argument("--results", type=Path, help="results.json of this checkpoint, for the model card")
+    parser.add_argument("--half", action="store_true", help="store float16: half the size")
+    parser.add_argument("--llm", help="where the LLM lies here, if not where it was in training")
+    parser.add_argument("--speech-encoder", help="the same for the speech encoder")
+    parser.add_argument("--audio-encoder", help="the same for the audio encoder, if it has one")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; a known mistake ends it with one line instead of a traceback."""
+    arguments = parse_arguments(argv)
+    try:
+        source = checkpoint.resolve(arguments.checkpoint)
+        checkpoint.read_state(source)
+        config = configuration.load(source / "config.yaml")
+        moved = {key: getattr(arguments, key) or getattr(config.model, key) for key in exports.FROZEN}
+        config = replace(config, model=replace(config.model, **moved))
+        results = json.loads(arguments.results.read_text()) if arguments.results else None
+        encoders = {"speech_encoder": load_speech_encoder(config.model.speech_encoder, torch.float32).fingerprint}
+        if config.model.audio_encoder:
+            encoders["audio_encoder"] = load_audio_encoder(config.model.audio_encoder, torch.float32).fingerprint
+        print(exports.write(source, arguments.out, encoders, config, results, arguments.half))
+        return 0
+    except (ConfigError, CheckpointError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
