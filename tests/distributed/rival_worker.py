@@ -1,4 +1,4 @@
-"""One rank of test_rivals.py: trains, breaks off, goes on and evaluates, for each rival in turn.
+"""One rank of test_rival_runs.py: trains, breaks off, goes on and evaluates, for each rival in turn.
 
     python -m tests.distributed.rival_worker CONFIG OUT NAME:KEY=VALUE;KEY=VALUE …
 
@@ -38,6 +38,7 @@ def run(config_file: str, folder: Path, words: list[str]) -> list[int]:
 
 
 def main() -> None:
+    os.environ["MASTER_ADDR"] = "127.0.0.1"  # where the watchdog meets
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{os.environ['STORE']}", rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=120))
