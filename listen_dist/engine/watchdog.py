@@ -84,6 +84,7 @@ class Watchdog:
         self._pulses: dict[int, Pulse] = {}
         self._step, self._beat, self._heard = 0, time.monotonic(), time.monotonic()
         self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Watchdog:
         threads = [self._watch]
@@ -91,14 +92,18 @@ class Watchdog:
             self._store = self._connect()
             threads.append(self._pulse)
         self._beat = self._heard = time.monotonic()
-        for thread in threads:
-            threading.Thread(target=thread, name=thread.__name__, daemon=True).start()
+        for target in threads:
+            self._threads.append(threading.Thread(target=target, name=target.__name__, daemon=True))
+            self._threads[-1].start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RuntimeError) and dist.lost_contact(error):
             self._name_the_lost()
         self._closed.set()
+        # Python ends a daemon thread that is inside the store's C++ by aborting the whole process.
+        for thread in self._threads:
+            thread.join(10)
 
     def _name_the_lost(self) -> None:
         """A collective failed: who is it that stopped answering? A pulse is missed only after a while."""

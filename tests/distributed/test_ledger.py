@@ -89,9 +89,10 @@ def test_every_sample_counts_once_over_kills_ranks_and_workers(tiny_world: tiny.
     state, taken = checkpoint.read_state(found), steps_taken(run)
     counts = load_file(found / "trainables.safetensors")["counts"]
     passes = state.loader.samples // index.samples
-    print(f"{KILLS} kills: {state.step} steps counted, {len(taken) - state.step} more were lost and done again; "
+    print(f"{KILLS} kills: {state.step} steps counted, {len(taken) - len(set(taken))} were lost and done again; "
           f"{passes} passes over {len(counts)} samples; times each counted: "
           f"{ {int(value): int((counts == value).sum()) for value in counts.unique()} }")
     assert torch.equal(counts, torch.full((index.samples,), float(passes)))
     assert state.loader.samples == passes * index.samples > 0
-    assert len(taken) >= state.step > 0 and set(taken) == set(range(1, state.step + 1))
+    # A kill may come between a checkpoint and the line that notes its step, so a line may be missing.
+    assert set(taken) <= set(range(1, state.step + 1)) and state.step > 0
