@@ -50,10 +50,12 @@ def missing() -> str:
     if os.geteuid() != 0:
         return "Slurm's daemons are started by root"
     if not all(map(shutil.which, PROGRAMS)) and shutil.which("apt-get"):
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 120}
-        subprocess.run(["apt-get", "update"], **quiet)  # type: ignore[call-overload]
-        subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES], **quiet,  # type: ignore
-                       env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
+        for words in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
+            try:
+                subprocess.run(["apt-get", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120,
+                               check=False, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
+            except subprocess.TimeoutExpired:
+                return f"apt-get {words[0]} did not end within 120 s"
     lacking = [program for program in PROGRAMS if not shutil.which(program)]
     return f"not installed and not to be had by apt-get: {', '.join(lacking)}" if lacking else ""
 
