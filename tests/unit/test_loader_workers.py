@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import os
-import re
-import time
 from collections.abc import Iterator
 
 import psutil
 import pytest
 from torch.utils.data import Dataset
 
-from listen_dist import evaluate, train
 from listen_dist.data.collate import collate
 from listen_dist.data.features import LogMel
-from listen_dist.data.loader import BatchReader, LoaderError, _batches, training_steps
+from listen_dist.data.loader import BatchReader, _batches, training_steps
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.remote import SourceError
 from listen_dist.data.schedule import TokenCost
@@ -57,43 +53,6 @@ def test_a_raising_worker_is_an_error_with_its_message_first_then_its_traceback_
         for place, _ in enumerate(endless(0)):
             assert place < BAD
     assert not psutil.wait_procs(children(), timeout=30)[1]
-
-
-def test_a_dead_worker_is_an_error_within_seconds_and_closing_leaves_none(
-        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    batches = endless(BAD + 1)
-    next(batches)
-    batches.close()  # type: ignore[attr-defined]
-    assert not psutil.wait_procs(children(), timeout=30)[1]
-    batches = endless(BAD + 1)
-    next(batches)
-    kind, text = end_of(batches, victim=children()[0].pid)
-    # The news may come by a signal while anything runs, or while a batch is waited for: then it is told in full.
-    assert kind in (RuntimeError, LoaderError) and re.search(r"DataLoader worker .*(killed|exited)", text)
-    batches.close()  # type: ignore[attr-defined]
-    assert not psutil.wait_procs(children(), timeout=30)[1]
-
-    def fail(*_: object) -> int:
-        raise kind(text)
-
-    for program, part in ((train, "run_program"), (evaluate, "evaluate")):
-        monkeypatch.setattr(program, "parse_arguments", lambda _: ())
-        monkeypatch.setattr(program, part, fail)
-        assert program.main([]) == 2
-        said = capsys.readouterr().err
-        assert re.search(r"(?m)^error: DataLoader worker .*(killed|exited).*\nA loader process died", said)
-
-
-def end_of(batches: Iterator[Batch], victim: int) -> tuple[type[Exception], str]:
-    """Kill a worker; how the batches end. Keeps no traceback: that would keep the other worker alive."""
-    try:
-        os.kill(victim, 9)
-        start = time.monotonic()
-        for _ in batches:
-            assert time.monotonic() - start < 30
-    except RuntimeError as error:
-        return type(error), str(error)
-    raise AssertionError("the batches ended without an error")
 
 
 def test_memory_does_not_grow_with_the_number_of_batches(tiny_world: tiny.Tiny) -> None:
