@@ -10,8 +10,8 @@ Any format that soundfile or PyAV (FFmpeg) decodes, any rate, any number of chan
 encoder's window are cut in pauses for `asr`; other tasks refuse them.
 
 Exit codes: 0 all files answered; 1 some files could not be used, each is named on stderr and the others'
-answers are printed; 2 wrong usage, no usable checkpoint or frozen model; 130 interrupted by Ctrl-C, the
-answers until then are printed.
+answers are printed; 2 wrong usage, no usable checkpoint or frozen model, stdout can't be written (disk full, no
+permission); 130 interrupted by Ctrl-C, the answers until then are printed.
 """
 
 from __future__ import annotations

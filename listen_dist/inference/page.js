@@ -28,6 +28,7 @@ class Slot {
     });
     this.part(".record").addEventListener("click", () => this.record());
     this.part(".remove").addEventListener("click", () => this.clear());
+    this.part("audio").addEventListener("error", () => { this.part("audio").hidden = true; }); // a format it can't play
     for (const kind of ["dragover", "dragleave", "drop"])
       this.element.addEventListener(kind, (event) => {
         event.preventDefault();
@@ -44,6 +45,7 @@ class Slot {
     const audio = this.part("audio");
     URL.revokeObjectURL(audio.src);
     audio.removeAttribute("src");
+    audio.hidden = false;
     this.show();
   }
 
@@ -238,9 +240,13 @@ function showPrompts(parts) {
 }
 
 function usualTasks(prompt) {
-  const cell = document.createElement("td");
+  const cell = element("td", "usual");
   const used = Object.entries(about.usage).map(([task, usage]) => [task, usage[prompt] ?? 0]);
   used.sort((a, b) => b[1] - a[1]);
+  if (used.length > 2 && used.at(-1)[1] >= 0.95) {
+    cell.append(element("span", "task", `all ${used.length} tasks`));
+    return cell;
+  }
   const often = used.filter(([, share]) => share >= 0.05);
   cell.append(...often.map(([task, share]) => element("span", "task", `${task} ${percent(share)}`)));
   if (!often.length) cell.append(element("span", "task", "hardly any"));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -69,6 +70,8 @@ def _serve(application: object, listening: socket.socket, local: bool) -> None:
     print(f"The page is at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)", flush=True)
     if not local:
         print("warning: whoever reaches this address can use the model; there is no password", file=sys.stderr)
+    # uvicorn ends its work and then sends the signal again, whose default would leave the uploads behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     server.run(sockets=[listening])
 
 

@@ -235,7 +235,7 @@ def test_ctrl_c_keeps_what_is_done(run: Path, folder: Path, listener: Listener) 
         assert program.stdout.readline() == line
     program.send_signal(signal.SIGINT)
     out, err = program.communicate(timeout=120)
-    assert program.returncode == 130 and err.endswith("interrupted\n") and not out
+    assert program.returncode == 130 and err.endswith("interrupted\n") and not out, (program.returncode, out, err)
 
 
 def test_done_answers_behind_a_gap_are_printed_at_an_interrupt(capsys: pytest.CaptureFixture[str]) -> None:

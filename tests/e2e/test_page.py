@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import re
@@ -20,7 +19,6 @@ import soundfile
 
 from listen_dist import app, infer
 from listen_dist.engine import checkpoint
-from listen_dist.inference import uploads
 from listen_dist.structures import SAMPLE_RATE
 from tests import launching, tiny
 from tests.browser import MICROPHONE, open_tab
@@ -70,7 +68,7 @@ def served(run: Path, log: Path) -> Iterator[str]:
             time.sleep(0.1)
         assert found, log.read_text()
         yield found[1]
-        program.send_signal(signal.SIGINT)
+        program.send_signal(signal.SIGTERM)  # Ctrl-C goes the same way
         assert launching.wait(program, log, 60).code == 0, log.read_text()
         assert not list(log.parent.glob("listen_dist-*")), "uploads are left behind"
     finally:
@@ -245,20 +243,6 @@ def test_who_leaves_makes_room(web: httpx.Client, folder: Path) -> None:
         assert stream.status_code == 200
     *_, last = web.post("/answers", json=question).raise_for_status().text.splitlines()
     assert json.loads(last)["answer"]["text"]
-
-
-def test_the_oldest_upload_goes(tmp_path: Path) -> None:
-
-
-    async def blocks() -> Any:
-        yield b"some bytes"
-
-    store = uploads.Uploads(100)
-    keys = [asyncio.run(store.receive(f"{i}.wav", blocks())) for i in range(uploads.MOST_CLIPS + 1)]
-    assert store.get(keys[0]) is None and store.get(keys[-1]).name == "64.wav"  # type: ignore[union-attr]
-    assert len(list(store.folder.iterdir())) == uploads.MOST_CLIPS
-    store.close()
-    assert not store.folder.exists()
 
 
 def test_a_port_that_is_taken_and_a_checkpoint_that_is_none(address: str, run: Path,
