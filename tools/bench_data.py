@@ -57,7 +57,7 @@ from listen_dist.data.text import TextEncoder
 from listen_dist.data.text_cost import learn_text_tokens
 from listen_dist.engine.meter import imbalance
 from listen_dist.models.llm import load_tokenizer
-from listen_dist.schema import Config
+from listen_dist.schema import Config, SetConfig
 from listen_dist.structures import ENCODER_RATE, SAMPLE_RATE, Batch, LoaderState
 
 BATCH = 16
@@ -118,7 +118,7 @@ class Stages:
                   for start in range(0, clips, 100)]
         write_index(folder, [shard for shard in shards if shard], 0, None)
         # A window for a turn: then every turn of every pipeline is over the same clips.
-        data = replace(self.config.data, train=[configuration.SetConfig(str(folder))], window=clips)
+        data = replace(self.config.data, train=[SetConfig(str(folder))], window=clips)
         return replace(self, config=replace(self.config, data=data), indexes=[ShardIndex.load(folder)])
 
 
@@ -270,7 +270,7 @@ def measure_scale(shards: int, rows: int) -> dict[str, float]:
         loaded = time.perf_counter() - start
         results: dict[str, float] = {"shards": shards, "samples": index.samples, "load_seconds": loaded,
                                      "load_cpu_seconds": time.process_time() - cpu}
-        mixture = Mixture([index], [configuration.SetConfig(name)], 0)
+        mixture = Mixture([index], [SetConfig(name)], 0)
         for what, window in (("first_batch", 0), ("resume", index.samples // 2048 // 2)):
             before, before_cpu = time.perf_counter(), time.process_time()
             plan = plan_batches(mixture, TokenCost(30, 10.0), 2048, 2048, 0, LoaderState(window, 3, window * 2048))

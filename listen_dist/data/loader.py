@@ -3,11 +3,11 @@
 Stages, in the order a sample passes them:
 
 1. plan      schedule.py deals out sample references; every rank makes the same plan
-2. read      one read of the tar's byte range (shards.py)
-3. decode    FLAC to a waveform (decode.py), or the stored encoder frames as they are
-4. augment   in training, if asked for: the waveform, and after stage 5 the log-mel (augment.py)
-5. features  log-mel, and a filterbank for an audio encoder, on the true length (features.py)
-6. text      instruction and target to token ids (text.py)
+2. read      one read of the tar's byte range, the record parsed (shards.py)
+3. text      instruction and target to token ids (text.py)
+4. decode    FLAC to a waveform (decode.py), or the stored encoder frames as they are
+5. augment   in training, if asked for: the waveform, and after stage 6 the log-mel (augment.py)
+6. features  log-mel, and a filterbank for an audio encoder, on the true length (features.py)
 7. collate   padding and true lengths (collate.py)
 
 Stages 2 to 7 are `BatchReader`, which runs in torch DataLoader workers. A sample that
@@ -21,7 +21,9 @@ import math
 import re
 import signal
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Sequence, Set
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,12 +34,15 @@ from listen_dist.data.collate import Prepared, collate
 from listen_dist.data.features import Fbank, LogMel
 from listen_dist.data.mixture import Mixture, SampleRef
 from listen_dist.data.schedule import TokenCost, plan_batches, plan_once
-from listen_dist.data.shard_members import ShardError, Want
+from listen_dist.data.shard_members import PackedSample, ShardError, Want
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.schema import DataConfig
-from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch, LoaderState, Record, SkippedSample
+from listen_dist.structures import SAMPLE_RATE, Batch, LoaderState, Record, SkippedSample
 from listen_dist.tasks import choices_for
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 _DEATH = re.compile(r"DataLoader worker .*(killed|exited)")
 
@@ -57,6 +62,17 @@ class LoaderError(RuntimeError):
             return None
         return cls(f"{error}\nA loader process died. Killed by signal 9 mostly means that memory ran out: lower "
                    "data.workers or data.batch_tokens")
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """A sample between reading and decoding."""
+
+    ref: SampleRef
+    packed: PackedSample
+    after_ids: list[int]
+    target_ids: list[int]
+    choices: tuple[str, ...]
 
 
 class BatchReader(Dataset[Batch]):
@@ -82,26 +98,42 @@ class BatchReader(Dataset[Batch]):
         self.is_features = config.stored_features and fbank is None and all(index.features for index in indexes)
 
     def __getitem__(self, refs: list[SampleRef]) -> Batch:  # type: ignore[override]
-        samples: list[Prepared] = []
         skipped: list[SkippedSample] = []
-        for ref in refs:
-            index = self.indexes[ref.set]
-            try:
-                samples.append(self._prepare(ref))
-            except ShardError as error:
-                shard = str(index.folder / index.shards[ref.shard].name)
-                name = index.shard_table(ref.shard).ids[ref.row]
-                skipped.append(SkippedSample(name, shard, str(error)))
-        return collate(samples, self.is_features, skipped)
+        # Stage by stage, not sample by sample: a stage's code and tables then stay in the processor's caches.
+        fetched = self._each(refs, self._fetch, skipped)
+        return collate(self._each(fetched, self._prepare, skipped), self.is_features, skipped)
 
-    def _prepare(self, ref: SampleRef) -> Prepared:
-        index, config = self.indexes[ref.set], self._config
-        want: Want = "features" if self.is_features else "audio"
-        sample: AudioSample = index.read_sample(ref.shard, ref.row, want, config.max_seconds)
-        target = self._text.target_ids(sample.record.answers[0]) if self._with_targets else []
+    def _each(self, items: Sequence[T], stage: Callable[[T], U], skipped: list[SkippedSample]) -> list[U]:
+        """Take samples through a stage; those that can't be used are named and left out."""
+        done = []
+        for item in items:
+            try:
+                done.append(stage(item))
+            except ShardError as error:
+                ref = item.ref if isinstance(item, _Fetched) else item
+                assert isinstance(ref, SampleRef)
+                index = self.indexes[ref.set]
+                name = index.shard_table(ref.shard).ids[ref.row]
+                skipped.append(SkippedSample(name, str(index.folder / index.shards[ref.shard].name), str(error)))
+        return done
+
+    def _fetch(self, ref: SampleRef) -> _Fetched:
+        """Stages 2 and 3."""
+        packed = self.indexes[ref.set].fetch_sample(ref.shard, ref.row)
+        record, config = packed.record, self._config
+        target = self._text.target_ids(record.answers[0]) if self._with_targets else []
         if len(target) > config.max_target_tokens:
             raise ShardError(f"target of {len(target)} tokens is above data.max_target_tokens = "
                              f"{config.max_target_tokens}")
+        choices = () if self._with_targets else self._choices(record)
+        return _Fetched(ref, packed, self._text.after_ids(record), target, choices)
+
+    def _prepare(self, fetched: _Fetched) -> Prepared:
+        """Stages 4 to 6."""
+        ref, config = fetched.ref, self._config
+        index = self.indexes[ref.set]
+        want: Want = "features" if self.is_features else "audio"
+        sample = index.decode_sample(ref.shard, ref.row, fetched.packed, want, config.max_seconds)
         fbank = None
         if sample.features is not None:
             seconds = float(index.shard_table(ref.shard).seconds[ref.row])
@@ -111,9 +143,8 @@ class BatchReader(Dataset[Batch]):
         else:
             assert sample.waveform is not None
             audio, fbank, seconds = self._features(sample.waveform, sample.record.id, ref.epoch)
-        choices = () if self._with_targets else self._choices(sample.record)
-        return Prepared(sample.record, audio, self._text.after_ids(sample.record), target, seconds, choices,
-                        tuple(self._text.target_ids(choice) for choice in choices), fbank)
+        return Prepared(sample.record, audio, fetched.after_ids, fetched.target_ids, seconds, fetched.choices,
+                        tuple(self._text.target_ids(choice) for choice in fetched.choices), fbank)
 
     def _choices(self, record: Record) -> tuple[str, ...]:
         try:

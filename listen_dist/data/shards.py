@@ -28,9 +28,9 @@ import numpy as np
 from listen_dist.config import set_addresses
 from listen_dist.data.decode import AudioError
 from listen_dist.data.manifest import ManifestError, check_id
-from listen_dist.data.remote import MissingFile
+from listen_dist.data.remote import MissingFile, PinnedFile
 from listen_dist.data.shard_entries import ShardEntries, ShardEntry
-from listen_dist.data.shard_members import ShardError, Want, parse_sample
+from listen_dist.data.shard_members import PackedSample, ShardError, Want, decode_sample, unpack_sample
 from listen_dist.data.sources import Folder, JoinedFolder, locate, open_folder
 from listen_dist.schema import DataConfig
 from listen_dist.structures import AudioSample
@@ -140,15 +140,38 @@ class ShardIndex:
             ShardError: anything about the sample or its shard is wrong.
             SourceError: the source fails.
         """
+        return self.decode_sample(shard, row, self.fetch_sample(shard, row), want, max_seconds)
+
+    def fetch_sample(self, shard: int, row: int) -> PackedSample:
+        """Read one sample and parse its record; its audio stays encoded.
+
+        Raises:
+            ShardError, SourceError: as `read_sample`.
+        """
         entry = self.shards[shard]
         table = self._table(entry)
         folder, name = locate(self.folder, entry.name)
         try:
-            block = folder.read_range(replace(entry.tar, name=name), int(table.offset[row]), int(table.bytes[row]))
-            width = self.features.width if self.features else None
-            return parse_sample(block, table.ids[row], want, max_seconds, width)
-        except (ShardError, ManifestError, AudioError) as error:
-            raise ShardError(f"{folder / name}: sample {table.ids[row]!r}: {error}") from None
+            block = folder.read_range(PinnedFile(name, entry.bytes, entry.sha256), int(table.offset[row]),
+                                      int(table.bytes[row]))
+            return unpack_sample(block, table.ids[row])
+        except (ShardError, ManifestError) as error:
+            raise self._named(error, shard, row) from None
+
+    def decode_sample(self, shard: int, row: int, packed: PackedSample, want: Want, max_seconds: float) -> AudioSample:
+        """Decode what `fetch_sample` gave.
+
+        Raises:
+            ShardError: the audio or the features are not as they should be.
+        """
+        try:
+            return decode_sample(packed, want, max_seconds, self.features.width if self.features else None)
+        except (ShardError, AudioError) as error:
+            raise self._named(error, shard, row) from None
+
+    def _named(self, error: Exception, shard: int, row: int) -> ShardError:
+        folder, name = locate(self.folder, self.shards[shard].name)
+        return ShardError(f"{folder / name}: sample {self.shard_table(shard).ids[row]!r}: {error}")
 
     def verify(self) -> None:
         """Compare the hash of every shard and sidecar with the index.
