@@ -16,8 +16,11 @@ fails in them is named in the batch and left out; the run goes on.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import math
+import multiprocessing
+import multiprocessing.process
 import re
 import signal
 from collections import deque
@@ -38,7 +41,7 @@ from listen_dist.data.shard_members import PackedSample, ShardError, Want
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.schema import DataConfig
-from listen_dist.structures import SAMPLE_RATE, Batch, LoaderState, Record, SkippedSample
+from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch, LoaderState, Record, SkippedSample
 from listen_dist.tasks import choices_for
 
 T = TypeVar("T")
@@ -94,8 +97,9 @@ class BatchReader(Dataset[Batch]):
         self._config = config
         self._with_targets = with_targets
         self._augmenter = augmenter
-        # One kind of input for all sets: a batch may mix them. Shards store the speech encoder's frames alone.
-        self.is_features = config.stored_features and fbank is None and all(index.features for index in indexes)
+        # One kind of input for all sets: a batch may mix them.
+        self.is_features = config.stored_features and all(
+            index.features and (fbank is None or index.audio_features) for index in indexes)
 
     def __getitem__(self, refs: list[SampleRef]) -> Batch:  # type: ignore[override]
         skipped: list[SkippedSample] = []
@@ -139,12 +143,21 @@ class BatchReader(Dataset[Batch]):
             seconds = float(index.shard_table(ref.shard).seconds[ref.row])
             if seconds > config.max_seconds:  # decoding refuses a long clip, stored features know no length
                 raise ShardError(f"clip of {seconds:.1f} s is above data.max_seconds = {config.max_seconds}")
-            audio = torch.from_numpy(sample.features.copy())
+            audio = torch.from_numpy(self._stored(sample))
         else:
             assert sample.waveform is not None
             audio, fbank, seconds = self._features(sample.waveform, sample.record.id, ref.epoch)
         return Prepared(sample.record, audio, fetched.after_ids, fetched.target_ids, seconds, fetched.choices,
                         tuple(self._text.target_ids(choice) for choice in fetched.choices), fbank)
+
+    def _stored(self, sample: AudioSample) -> np.ndarray:
+        """Stored frames float16 [F, E]; with an audio encoder its own beside them, as `models.encoders.join_frames`."""
+        assert sample.features is not None
+        if self._fbank is None:
+            return sample.features.copy()
+        assert sample.audio_features is not None
+        frames, sounds = len(sample.features), sample.audio_features[: len(sample.features)]
+        return np.concatenate([sample.features, np.pad(sounds, ((0, frames - len(sounds)), (0, 0)))], axis=1)
 
     def _choices(self, record: Record) -> tuple[str, ...]:
         try:
@@ -253,15 +266,29 @@ def _batches(reader: BatchReader, sampler: object, workers: int, pin_memory: boo
         prefetch_factor=4 if workers else None, worker_init_fn=leave_signals_to_the_trainer,
         # Forked children of a process that runs gloo or CUDA threads can hang.
         multiprocessing_context="spawn" if workers else None)
+    others = multiprocessing.active_children()
+    iterator = iter(loader)
+    started = [child for child in multiprocessing.active_children() if child not in others]
+    if started:
+        atexit.register(_kill, started)
     try:
-        yield from loader
+        yield from iterator
     except Exception as error:
-        if isinstance(error, RuntimeError) and (died := LoaderError.of(error)):
-            raise died from error
         if not workers:
             raise
         # Its frames in this process would keep the other workers alive.
-        raise _message_first(error.with_traceback(None)) from None
+        error.with_traceback(None)
+        died = LoaderError.of(error) if isinstance(error, RuntimeError) else None
+        raise died or _message_first(error) from None
+    finally:
+        del iterator  # ends the workers
+
+
+def _kill(workers: list[multiprocessing.process.BaseProcess]) -> None:
+    """At the program's end. Python would send what is left SIGTERM, which they ignore, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
+    for worker in workers:
+        worker.kill()
 
 
 def _message_first(error: Exception) -> Exception:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,10 @@ from listen_dist.data.manifest import MAX_LINE_BYTES, record_from_json
 from listen_dist.structures import AudioSample, Record
 
 AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3")
-FEATURE_SUFFIX = "speech.npy"
+FEATURE_KINDS = ("speech", "audio")
+"""Stored frames of the speech encoder and of the audio encoder: <id>.speech.npy, <id>.audio.npy."""
+
+_SUFFIXES = (*AUDIO_SUFFIXES, "json", *(f"{kind}.npy" for kind in FEATURE_KINDS))
 
 Want = Literal["record", "audio", "features", "both"]
 
@@ -51,29 +55,29 @@ def unpack_sample(block: bytes, name: str) -> PackedSample:
     return PackedSample(record, members)
 
 
-def decode_sample(packed: PackedSample, want: Want, max_seconds: float, width: int | None) -> AudioSample:
-    """Decode what is wanted of a sample; `width` is that of the stored features (None: the set has none).
+def decode_sample(packed: PackedSample, want: Want, max_seconds: float, widths: Mapping[str, int]) -> AudioSample:
+    """Decode what is wanted of a sample; `widths` are those of the kinds of features that the set stores.
 
     Raises:
         ShardError, AudioError: the audio or the features are not as they should be.
     """
     members = packed.members
-    waveform = frames = None
+    waveform, frames = None, {}
     if want in ("audio", "both"):
         audio = [members[suffix] for suffix in AUDIO_SUFFIXES if suffix in members]
         if len(audio) != 1:
             raise ShardError(f"{len(audio)} audio members; expected one")
         waveform = decode_audio(audio[0], max_seconds)
     if want in ("features", "both"):
-        if width is None or FEATURE_SUFFIX not in members:
-            raise ShardError("no stored features; write the shards with --features speech")
-        frames = _parse_features(members[FEATURE_SUFFIX], width)
-    return AudioSample(packed.record, waveform, frames)
+        if not widths or any(f"{kind}.npy" not in members for kind in widths):
+            raise ShardError("no stored features; write the shards with --features")
+        frames = {kind: _parse_features(members[f"{kind}.npy"], width) for kind, width in widths.items()}
+    return AudioSample(packed.record, waveform, frames.get("speech"), frames.get("audio"))
 
 
 def _members(block: bytes, name: str) -> dict[str, bytes]:
     """Return suffix -> content of one sample's part of a tar; refuse whatever we don't expect there."""
-    allowed = {f"{name}.{suffix}": suffix for suffix in (*AUDIO_SUFFIXES, "json", FEATURE_SUFFIX)}
+    allowed = {f"{name}.{suffix}": suffix for suffix in _SUFFIXES}
     found: dict[str, bytes] = {}
     start = 0
     try:
