@@ -21,8 +21,10 @@ import itertools
 import math
 import multiprocessing
 import multiprocessing.process
+import os
 import re
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -253,17 +255,27 @@ def find_filler(reader: BatchReader) -> Batch:
     raise ShardError(f"none of the first samples of {reader.indexes[0].folder} can be used, the last because: {reason}")
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """Launchers and Ctrl-C signal the workers too, while the trainer still needs them to finish its step."""
+def set_up_worker(worker: int) -> None:
+    """In each loader process: leave signals to the trainer, and end with it."""
+    # Launchers and Ctrl-C signal the workers too, while the trainer still needs them to finish its step.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # torch looks for the trainer too, but takes whoever is its parent at this moment for it: a worker whose trainer was
+    # killed while it started would never end.
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(trainer: multiprocessing.process.BaseProcess | None) -> None:
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
 
 
 def _batches(reader: BatchReader, sampler: object, workers: int, pin_memory: bool = False) -> Iterator[Batch]:
     """The batches that `sampler` names, in its order; closing the iterator ends the workers."""
     loader: DataLoader[Batch] = DataLoader(
         reader, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=pin_memory,  # type: ignore[arg-type]
-        prefetch_factor=4 if workers else None, worker_init_fn=leave_signals_to_the_trainer,
+        prefetch_factor=4 if workers else None, worker_init_fn=set_up_worker,
         # Forked children of a process that runs gloo or CUDA threads can hang.
         multiprocessing_context="spawn" if workers else None)
     others = multiprocessing.active_children()

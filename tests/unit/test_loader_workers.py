@@ -65,7 +65,7 @@ def test_a_raising_worker_is_an_error_with_its_message_first_then_its_traceback_
 def test_a_killed_worker_is_an_error_with_a_traceback_and_no_hang(tmp_path: Path) -> None:
     # A program of its own: torch tells of a dead worker by a signal, which would hit whatever test runs then.
     log = tmp_path / "log"
-    process = launching.start([sys.executable, "-m", "tests.unit.killed_loader"], log)
+    process = launching.start([sys.executable, "-m", "tests.unit.killed_loader", "worker"], log)
     family: list[psutil.Process] = []
     end = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < end:
@@ -76,6 +76,15 @@ def test_a_killed_worker_is_an_error_with_a_traceback_and_no_hang(tmp_path: Path
     assert ended.code == 1 and "Traceback" in ended.output
     assert re.search(r"(?s)LoaderError: DataLoader worker .*(killed|exited).*\nA loader process died\.", ended.output)
     assert len(family) >= 2 and not psutil.wait_procs(family, timeout=60)[1], "processes outlive the program"
+
+
+def test_workers_end_with_a_trainer_that_is_killed_while_they_start(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = launching.start([sys.executable, "-m", "tests.unit.killed_loader", "trainer"], log)
+    ended = launching.wait(process, log, 200)
+    assert ended.code == -9
+    left = [psutil.Process(int(pid)) for pid in ended.output.split() if psutil.pid_exists(int(pid))]
+    assert len(ended.output.split()) == 2 and not psutil.wait_procs(left, timeout=150)[1]
 
 
 @pytest.mark.parametrize(("program", "part"), [(train, "run_program"), (evaluate, "evaluate")])
