@@ -57,19 +57,25 @@ def overlap(data: dict[str, Any]) -> bytes:
 
 
 def training(data: dict[str, Any]) -> bytes:
-    """The effective number of prompts over the steps, all clips and each task."""
+    """The effective number of prompts and the share of unused ones over the steps, all clips and each task."""
     curves = data["training"]
-    figure, axes = _figure(8.0, 3.2)
+    figure = Figure(figsize=(8.0, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
     colours = _colours([name for name in curves["effective"] if name != "all"])
-    for name, values in curves["effective"].items():
-        known = [(step, value) for step, value in zip(curves["steps"], values, strict=True) if value is not None]
-        is_all = name == "all"
-        axes.plot(*zip(*known, strict=True), label="all clips" if is_all else name, linewidth=2.2 if is_all else 1,
-                  color="black" if is_all else colours[name])
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("effective prompts")
-    axes.set_ylim(0, data["prompts"] * 1.05)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    for axes, key, label, top in ((upper, "effective", "effective prompts", data["prompts"]),
+                                  (lower, "unused", "share never used", 1.0)):
+        _plain(axes)
+        for name, values in curves[key].items():
+            known = [(step, value) for step, value in zip(curves["steps"], values, strict=True) if value is not None]
+            if known:
+                is_all = name == "all"
+                axes.plot(*zip(*known, strict=True), label="all clips" if is_all else name,
+                          linewidth=2.2 if is_all else 1, color="black" if is_all else colours[name])
+        axes.set_ylabel(label)
+        axes.set_ylim(0, top * 1.05)
+    lower.set_xlabel("optimizer step")
+    upper.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return _png(figure)
 
 
@@ -94,10 +100,14 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Axes) -> None:
     axes.tick_params(colors=GREY, labelsize=9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    return figure, axes
 
 
 def _colours(names: list[str]) -> dict[str, Any]:
