@@ -34,9 +34,9 @@ def words(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> li
     if not manifest.is_file():
         pytest.skip(f"{manifest} not made; run make recordings")
     rows = {row["id"].removeprefix("asr-en-"): row for row in map(json.loads, manifest.read_text().splitlines())}
-    samples = [AudioSample(Record(name, (), "asr", (rows[name]["target"],)),
+    samples = [AudioSample(Record(name, (), "asr", rows[name]["target"]),
                            decode_audio(manifest.parent / rows[name]["audio"])) for name in CLIPS]
-    samples.append(AudioSample(Record("other", (), "language_id", ("english",)), samples[0].waveform))
+    samples.append(AudioSample(Record("other", (), "language_id", "english"), samples[0].waveform))
     folder = tmp_path_factory.mktemp("real") / "set"
     folder.mkdir()
     write_index(folder, [write_shard(folder / shard_name(0), samples)], skipped=0, features=None)

@@ -13,7 +13,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from listen_dist import evaluate
-from listen_dist.evaluation import report
+from listen_dist.evaluation import figures, report
 from tests.fixtures import TrainedRun
 
 pytestmark = pytest.mark.timeout(300)
@@ -125,6 +125,16 @@ def test_a_report_by_itself_is_that_of_the_evaluation(run: Path, numbers: dict[s
     first = json.loads((run / "first.json").read_text())
     assert len(first.pop("clips")) == 6  # three a task where there are so many
     assert first == {key: value for key, value in numbers.items() if key != "clips"}
+
+
+@pytest.mark.parametrize("missing", [{"map": None}, {"training": {"steps": [], "effective": {}, "unused": {}}},
+                                     {"overlap": {"tasks": ["asr"], "jaccard": [[0.5]]}}])
+def test_a_figure_that_cannot_be_drawn_is_left_out(numbers: dict[str, Any], missing: dict[str, Any]) -> None:
+    """As of a pool without keys, a run without a log, a split of one task."""
+    data = {**numbers, **missing, "clips": []}
+    (name,) = missing
+    assert f'id="{name}"' in report.render(numbers | {"clips": []}, figures.draw_all(numbers))
+    assert f'id="{name}"' not in report.render(data, figures.draw_all(data))
 
 
 def test_files_lie_beside_and_in_mlflow(run: Path) -> None:
