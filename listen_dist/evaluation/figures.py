@@ -47,7 +47,7 @@ def overlap(data: dict[str, Any]) -> bytes:
     table = np.array(data["jaccard"], dtype=float)
     figure, axes = _figure(8.0, 1.6 + 0.5 * len(tasks))
     image = axes.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_xticks(range(len(tasks)), [task.replace("_", "\n") for task in tasks])
     axes.set_yticks(range(len(tasks)), tasks)
     for i, j in np.ndindex(*table.shape):
         text = "–" if np.isnan(table[i, j]) else f"{table[i, j]:.2f}"

@@ -195,10 +195,17 @@ def gather(run: Evaluated, parts: Parts, queries: Mapping[tuple[str, str], np.nd
         "weighted": choices.weighted, "verdict": {"state": state, "words": words}, "all": everything,
         "tasks": {name: prompts.usage_summary(table[[task == name for task in tasks]]) for name in names},
         "overlap": {"tasks": names, "jaccard": [[None if np.isnan(x) else float(x) for x in row] for row in overlap]},
-        "training": training_curves(Path(run.config.run_dir) / "metrics.jsonl"),
+        "training": training_curves(training_log(run)),
         "map": None if keys is None else key_map(keys, queries),
         "vocabulary": vocabulary(parts, values, embeddings),
     }
+
+
+def training_log(run: Evaluated) -> Path:
+    """The log of the run that the checkpoint is from; where that was moved, of the run folder."""
+    (own, log) = (folder / "metrics.jsonl" for folder in (Path(run.results["checkpoint"]).parent.parent,
+                                                          Path(run.config.run_dir)))
+    return own if own.is_file() else log
 
 
 def training_curves(file: Path) -> dict[str, Any]:
