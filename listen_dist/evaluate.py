@@ -108,7 +108,7 @@ def evaluate_split(decoder: Decoder, split: str, sets: Sequence[SetConfig], plac
     suffix = "" if len(config.eval.splits) == 1 else f".{split}"
     untrained = untrained_tasks(saved, {row.task for row in predictions})
     facts = {"step": step, **origin, "ranks": dist.world_size(), "llm": "whole" if decoder.whole else "sharded",
-             "untrained_tasks": untrained}
+             "batch_tokens": config.eval.batch_tokens, "untrained_tasks": untrained}
     results = dist.on_main(score_and_write, places.out, suffix, facts, predictions, skipped)
     if untrained and dist.is_main():
         print(f"never trained in this checkpoint: {', '.join(untrained)}", flush=True)

@@ -34,7 +34,7 @@ def provenance(config: Config, path: Path, split: str, fingerprints: Mapping[str
         fingerprints: of the split's sets, by their path.
     """
     decoding = asdict(config.eval)
-    for key in ("splits", "llm", "batch_tokens", "report"):  # they change no text
+    for key in ("splits", "llm", "batch_tokens", "report"):  # they change no text, but for rounding
         del decoding[key]
     return {"checkpoint": str(path), "checkpoint_sha256": sha256_of(path / "trainables.safetensors"), "split": split,
             "k": config.pool.k, "decoding": decoding, "model": asdict(config.model),

@@ -16,7 +16,7 @@ from listen_dist import evaluate
 from listen_dist.evaluation import figures, report
 from tests.fixtures import TrainedRun
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 

@@ -18,7 +18,7 @@ from listen_dist.evaluation import captions
 from listen_dist.evaluation.captions import WITH_JAVA, caption_figures
 from listen_dist.evaluation.metrics import bleu_scores, normalize, values
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java on this machine")
 
 SAID = ["A dog barks loudly.", "rain on a window", "someone isn't closing a door!", "", "a bell | rings ||| twice"]

@@ -19,7 +19,7 @@ from listen_dist.evaluation.metrics import (
     wer_scores,
 )
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 def edits(a: list[str], b: list[str]) -> int:
