@@ -51,7 +51,7 @@ quickstart: evaluate  ## all of it, from nothing to a table of results
 	@echo "Next:    the README's section 'Going on'."
 
 demo: shards  ## train configs/demo_full.yaml, longer and with synthetic speech, and score it
-	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 4000
+	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 3600 --recombined 3600
 	$(SHARD) assets/manifests/asr_synthetic.*.jsonl assets/shards
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/demo_full.yaml
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/demo_full.yaml
