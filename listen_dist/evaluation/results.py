@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import subprocess
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from listen_dist.config import differences, load
+from listen_dist.data.manifest import file_sha256
 from listen_dist.data.shard_members import ShardError
 from listen_dist.data.shards import ShardIndex
 from listen_dist.schema import Config, ConfigError
@@ -32,15 +32,10 @@ def provenance(config: Config, path: Path, split: str, fingerprints: Mapping[str
     decoding = asdict(config.eval)
     for key in ("splits", "llm", "batch_tokens"):  # they decide when and where a text is made, not what it is
         del decoding[key]
-    return {"checkpoint": str(path), "checkpoint_sha256": sha256_of(path / "trainables.safetensors"), "split": split,
+    return {"checkpoint": str(path), "checkpoint_sha256": file_sha256(path / "trainables.safetensors"), "split": split,
             "k": config.pool.k, "decoding": decoding, "model": asdict(config.model),
             "stored_features": config.data.stored_features, "data_fingerprints": dict(fingerprints),
             "code_commit": code_commit(), "versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code_commit() -> str:
