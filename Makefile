@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 SETS := asr language_id speaker_verification speech_qa caption
 SHARD = $(BIN)/python tools/shard_dataset.py --separate --overwrite --features speech \
   --speech-encoder assets/models/whisper-tiny.en --workers $(RANKS)
-.PHONY: help setup models recordings shards train evaluate quickstart demo comparison report test slurm faults ledger lint clean
+.PHONY: help setup models recordings shards train evaluate quickstart demo try comparison report test slurm faults ledger lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,11 @@ demo: shards  ## train configs/demo_full.yaml, longer and with synthetic speech,
 	$(SHARD) assets/manifests/asr_synthetic.*.jsonl assets/shards
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/demo_full.yaml
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/demo_full.yaml
+
+HEARD := conf-lockednow vm-star-cancel vm-prev confbridge-removed
+try: models  ## let the trained models/demo transcribe recordings that it never met: no training
+	$(BIN)/python tools/prepare/phone_prompts.py
+	$(BIN)/python -m listen_dist.infer --checkpoint models/demo $(HEARD:%=assets/recordings/phone_prompts/en/%.g722)
 
 STEPS ?= 400
 SEEDS ?= 0
