@@ -294,6 +294,8 @@ class EvalConfig:
     """Budget of LLM input tokens of one decoding batch."""
     limit: int = 0
     """Decode only so many samples of each set, evenly spread over it; 0: all."""
+    report: bool = True
+    """Open the pool after scoring: report/report.html beside results.json, and its figures in MLflow."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(launching.ROOT / "tools"))
 from shard_build import BuildOptions, build
 from shard_stats import print_stats, verify_all
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 
 SECONDS = (0.31, 2.5, 1.02, 3.7, 0.02)
 
@@ -100,7 +100,10 @@ def test_bfloat16_has_the_same_fingerprint_and_like_frames(checkpoint: Path, enc
                                                            fbanks: list[torch.Tensor]) -> None:
     small = load_audio_encoder(str(checkpoint), torch.bfloat16)
     assert small.fingerprint == encoder.fingerprint and {p.dtype for p in small.parameters()} == {torch.bfloat16}
-    fine, coarse = encoder.encode(fbanks[1:2])[0], small.encode(fbanks[1:2])[0].float()
+    # oneDNN's bf16 convolution is wrong for groups of 6 or 8 channels where the processor has AMX (torch 2.11);
+    # those of the published BEATs have 48.
+    with torch.backends.mkldnn.flags(enabled=False):
+        fine, coarse = encoder.encode(fbanks[1:2])[0], small.encode(fbanks[1:2])[0].float()
     assert float((fine - coarse).norm() / fine.norm()) < 0.05
 
 
