@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 SETS := asr language_id speaker_verification speech_qa caption
 SHARD = $(BIN)/python tools/shard_dataset.py --separate --overwrite --features speech \
   --speech-encoder assets/models/whisper-tiny.en --workers $(RANKS)
-.PHONY: help setup models recordings shards train evaluate quickstart demo comparison report test faults ledger lint clean
+.PHONY: help setup models recordings shards train evaluate quickstart demo comparison report test slurm faults ledger lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,8 +65,15 @@ comparison: shards  ## the pool, its rivals and ablations on the demo data, in o
 report:  ## open the pool of runs/quickstart (or RUN=…) again: report/report.html in the run folder
 	$(BIN)/python -m listen_dist.evaluation.report --run $(or $(RUN),runs/quickstart)
 
-test: models recordings lint  ## lint, types, layers and all tests
+test: models recordings lint slurm  ## lint, types, layers and all tests
 	$(BIN)/python -m pytest tests -q
+
+# Several at once may wait for each other's lock; whatever goes wrong, the tests say what is missing and skip.
+slurm:  ## Debian's Slurm for the tests of slurm/, where apt-get and root are there
+	@if command -v apt-get >/dev/null && test "$$(id -u)" = 0 && ! command -v slurmd >/dev/null; then \
+	  echo "installing Slurm for the tests ..."; timeout 120 apt-get -qq update; DEBIAN_FRONTEND=noninteractive \
+	  timeout 240 apt-get -qq -y -o DPkg::Lock::Timeout=60 install --no-install-recommends \
+	    slurmctld slurmd slurm-client munge shellcheck iproute2 >/dev/null; fi || true
 
 faults: setup  ## kill a small run at 20 random moments and compare it with an unbroken one
 	$(BIN)/python -m tests.distributed.fault_campaign

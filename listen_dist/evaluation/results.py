@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from listen_dist.config import differences, load
+from listen_dist.data.manifest import file_sha256
 from listen_dist.data.shard_members import ShardError
 from listen_dist.data.shards import ShardIndex
 from listen_dist.evaluation.predictions import Prediction, to_lines, write_file
@@ -36,7 +36,7 @@ def provenance(config: Config, path: Path, split: str, fingerprints: Mapping[str
     decoding = asdict(config.eval)
     for key in ("splits", "llm", "batch_tokens", "report"):  # they change no text, but for rounding
         del decoding[key]
-    return {"checkpoint": str(path), "checkpoint_sha256": sha256_of(path / "trainables.safetensors"), "split": split,
+    return {"checkpoint": str(path), "checkpoint_sha256": file_sha256(path / "trainables.safetensors"), "split": split,
             "k": config.pool.k, "decoding": decoding, "model": asdict(config.model),
             "stored_features": config.data.stored_features, "data_fingerprints": dict(fingerprints),
             "code_commit": code_commit(), "versions": versions()}
@@ -69,11 +69,6 @@ def score_and_write(folder: Path, suffix: str, facts: Mapping[str, Any], predict
     print(f"{len(skipped)} samples skipped. Details: {folder / f'results{suffix}.json'}, "
           f"{folder / f'predictions{suffix}.jsonl'}", flush=True)
     return results
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code_commit() -> str:

@@ -14,11 +14,10 @@ from mlflow.tracking import MlflowClient
 
 from listen_dist import evaluate
 from listen_dist.evaluation import figures, report
+from tests.browser import open_tab
 from tests.fixtures import TrainedRun
 
 pytestmark = pytest.mark.timeout(600)
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +49,12 @@ def numbers(run: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def page(run: Path) -> Iterator[Any]:
-    if BROWSER is None:
-        pytest.skip("no Chromium here: apt-get install chromium-headless-shell")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1100, "height": 900})
+    with open_tab() as tab:
         asked: list[str] = []
         tab.on("request", lambda request: asked.append(request.url))
         tab.goto((run / "report/report.html").as_uri())
         yield tab
         assert all(url.startswith(("file:", "data:")) for url in asked), "the page is not self-contained"
-        browser.close()
 
 
 def look_up(tree: Any, path: str) -> Any:

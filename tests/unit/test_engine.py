@@ -20,7 +20,7 @@ from listen_dist.models.prompt_pool import PromptPool
 from listen_dist.schema import PoolConfig, ProjectorConfig, TrainConfig
 from listen_dist.structures import Batch, ModelOutput, SkippedSample
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 
 
 def trainables(seed: int = 0) -> nn.ModuleDict:
