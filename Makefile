@@ -43,7 +43,6 @@ train: shards  ## train configs/quickstart.yaml (goes on where it stopped)
 
 evaluate: train  ## decode and score the held-out clips
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/quickstart.yaml
-	$(BIN)/python -m listen_dist.evaluation.report --run runs/quickstart
 
 quickstart: evaluate  ## all of it, from nothing to a table of results
 	@echo
@@ -52,7 +51,7 @@ quickstart: evaluate  ## all of it, from nothing to a table of results
 	@echo "Next:    the README's section 'Going on'."
 
 demo: shards  ## train configs/demo_full.yaml, longer and with synthetic speech, and score it
-	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 4000
+	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 3600 --recombined 3600
 	$(SHARD) assets/manifests/asr_synthetic.*.jsonl assets/shards
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/demo_full.yaml
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/demo_full.yaml
@@ -60,10 +59,10 @@ demo: shards  ## train configs/demo_full.yaml, longer and with synthetic speech,
 STEPS ?= 400
 SEEDS ?= 0
 comparison: shards  ## the pool, its rivals and ablations on the demo data, in one table (STEPS=400 SEEDS="0 1 2")
-	$(BIN)/python tools/run_comparison.py configs/rivals/*.yaml configs/ablations/*.yaml --ranks $(RANKS) \
-	  --seeds $(SEEDS) --top-k 1 2 8 train.max_steps=$(STEPS)
+	$(BIN)/python tools/run_comparison.py configs/rivals/*.yaml configs/ablations/*.yaml train.max_steps=$(STEPS) \
+	  --ranks $(RANKS) --seeds $(SEEDS) --top-k 1 2 8
 
-report:  ## open the pool of runs/quickstart (or RUN=…): report/report.html in the run folder
+report:  ## open the pool of runs/quickstart (or RUN=…) again: report/report.html in the run folder
 	$(BIN)/python -m listen_dist.evaluation.report --run $(or $(RUN),runs/quickstart)
 
 test: models recordings lint slurm  ## lint, types, layers and all tests

@@ -80,7 +80,7 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
             member.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
             pass
-    process.wait(10)
+    process.wait(60)  # a loaded machine takes its time to take memory back
 
 
 def interrupt(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -23,6 +23,7 @@ SCENARIOS = {
     "whole": f"eval.llm=whole;{SMALL}",
     "whole-beams": f"eval.llm=whole;eval.beams=3;eval.choices=generate;{SMALL}",
     "auto": f"eval.llm=auto;eval.limit=1;{SMALL}",
+    "sharded-report": f"eval.llm=sharded;{SMALL}",
 }
 
 
@@ -47,6 +48,7 @@ def alone(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """One process, everything in one batch a task."""
     folder = tmp_path_factory.mktemp("one")
     launching.run_ranks(1, WORKER, [tiny_world.config_file, folder, "greedy:eval.batch_tokens=4096",
+                                    "report:eval.batch_tokens=4096",
                                     "beams:eval.beams=3;eval.choices=generate;eval.batch_tokens=4096"], folder, 900)
     return folder
 
@@ -75,6 +77,14 @@ def test_the_planner_gathers_a_small_llm_and_one_sample_leaves_a_rank_idle(two_r
     by_rank = notes(two_ranks / "auto", 2)
     assert [rank["whole"] for rank in by_rank] == [True, True]
     assert sorted(len(rank["answered"]) for rank in by_rank) == [0, 1]
+
+
+def test_a_sharded_llm_opens_the_same_pool(two_ranks: Path, alone: Path) -> None:
+    ours, theirs = (json.loads((folder / "report/report.json").read_text())
+                    for folder in (two_ranks / "sharded-report", alone / "report"))
+    places = [[query["at"] for query in numbers["map"].pop("queries")] for numbers in (ours, theirs)]
+    assert places[0] == [pytest.approx(place, abs=1e-5) for place in places[1]] and len(places[0]) == 7
+    assert ours["vocabulary"] == theirs["vocabulary"] and ours["tasks"] == theirs["tasks"]
 
 
 def test_a_killed_evaluation_goes_on_on_another_number_of_ranks(tiny_world: tiny.Tiny, alone: Path,
