@@ -23,6 +23,6 @@ def open_tab(*arguments: str) -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *arguments])
         tab = browser.new_page(viewport={"width": 1100, "height": 900})
-        tab.set_default_timeout(60_000)  # the machine may be busy
+        tab.set_default_timeout(120_000)  # the machine may be busy
         yield tab
         browser.close()

@@ -23,7 +23,7 @@ from listen_dist.structures import SAMPLE_RATE
 from tests import launching, tiny
 from tests.browser import MICROPHONE, open_tab
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 PREDICTIONS = {"asr": [(0, 1, 2, 3), (0, 1, 2, 4)], "caption": [(5, 6, 7, 0)]}
 """Prompts in front of some evaluated clips."""
@@ -61,7 +61,7 @@ def served(run: Path, log: Path) -> Iterator[str]:
              "--max-seconds", "40", "--max-megabytes", "1"]
     program = launching.start(words, log, {"TMPDIR": str(log.parent), "PYTHONPATH": str(launching.ROOT)})
     try:
-        for _ in range(1200):
+        for _ in range(2400):
             found = re.search(r"at (http://127\.0\.0\.1:\d+) ", log.read_text())
             if found or program.poll() is not None:
                 break
