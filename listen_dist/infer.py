@@ -10,8 +10,8 @@ Any format that soundfile or PyAV (FFmpeg) decodes, any rate, any number of chan
 encoder's window are cut in pauses for `asr`; other tasks refuse them.
 
 Exit codes: 0 all files answered; 1 some files could not be used, each is named on stderr and the others'
-answers are printed; 2 wrong usage, no usable checkpoint or frozen model; 130 interrupted by Ctrl-C, the
-answers until then are printed.
+answers are printed; 2 wrong usage, no usable checkpoint or frozen model, stdout can't be written (disk full, no
+permission); 130 interrupted by Ctrl-C, the answers until then are printed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jsonl", action="store_true", help="one JSON object a file, also for files that failed")
     parser.add_argument("--explain", action="store_true", help="also the prompts picked and their scores")
     parser.add_argument("--top-k", type=int, metavar="K", help="prompts to pick (default: as trained); fewer make the "
-                        "input shorter and may cost quality: `tools/run_comparison.py --top-k` measures how much")
+                        "input shorter and may cost quality. A quickstart run (10 prompts, k = 4) had WER 0.875 at 4, "
+                        "0.833 at 2, 0.926 at 1, within chance of each other: docs/inference.md")
     parser.add_argument("--batch-tokens", type=int, default=2048, metavar="N",
                         help="LLM input tokens of one batch (default 2048)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 …")

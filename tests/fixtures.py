@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from listen_dist.engine import checkpoint
+from listen_dist.engine.assembly import assemble
+from listen_dist.engine.checkpoint import TrainState
+from listen_dist.engine.optim import build_optimizer
 from tests import launching, tiny
 
 
@@ -32,7 +36,22 @@ def trained(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("trained") / "run"
     words = [*launching.command("deepspeed", launching.TRAIN, 2), "--config", tiny_world.config_file,
              f"run_dir={folder}", "train.batches_per_step=2"]
-    return TrainedRun(folder, launching.run(words, 150).check().output)
+    return TrainedRun(folder, launching.run(words, 600).check().output)
+
+
+@pytest.fixture(scope="session")
+def untrained(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with one checkpoint, whose projector and pool are not those that a seed gives."""
+    folder = tmp_path_factory.mktemp("untrained") / "run"
+    config = tiny_world.config("parallel.llm=replicated", f"run_dir={folder}")
+    trainable = assemble(config, torch.device("cpu")).model.trainable
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in trainable.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    optimizer = build_optimizer(trainable, config.train)
+    checkpoint.write(folder / "checkpoints", checkpoint.snapshot(config, TrainState(3), trainable, optimizer))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +61,7 @@ def unbroken(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) ->
 
     folder = tmp_path_factory.mktemp("unbroken")
     for rank in fault_worker.start(2, fault_worker.words(tiny_world.config_file, folder), folder):
-        rank.wait(240).check()
+        rank.wait(600).check()
     return folder
 
 

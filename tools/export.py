@@ -3,7 +3,8 @@
     python tools/export.py --checkpoint runs/quickstart --out quickstart-export
     python tools/export.py --checkpoint runs/quickstart --out small --half --results runs/quickstart/results.json
 
-The figures of results.json go into the model card; it must be of the same checkpoint.
+The figures of results.json go into the model card; it must be of the same checkpoint. From predictions.jsonl beside it,
+where there is one, the export learns which tasks use which prompts, for the page (`python -m listen_dist.app`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from listen_dist import config as configuration
 from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.checkpoint import CheckpointError
+from listen_dist.evaluation.predictions import read_predictions
+from listen_dist.inference.usage import usage_by_task
 from listen_dist.models.beats import load_audio_encoder
 from listen_dist.models.encoders import load_speech_encoder
 from listen_dist.schema import ConfigError
@@ -50,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         encoders = {"speech_encoder": load_speech_encoder(config.model.speech_encoder, torch.float32).fingerprint}
         if config.model.audio_encoder:
             encoders["audio_encoder"] = load_audio_encoder(config.model.audio_encoder, torch.float32).fingerprint
-        print(exports.write(source, arguments.out, encoders, config, results, arguments.half))
+        predictions = arguments.results.with_name("predictions.jsonl") if arguments.results else None
+        usage = usage_by_task(config.pool, read_predictions(predictions)) if predictions and predictions.is_file() \
+            else None
+        print(exports.write(source, arguments.out, encoders, config, results, arguments.half, usage))
         return 0
     except (ConfigError, CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

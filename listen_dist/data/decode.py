@@ -26,8 +26,7 @@ JOIN_SILENCE_SECONDS = 0.1
 # The resampling kernel has about (rate / gcd) * (16,000 / gcd) taps: 44.1 kHz needs 70,560, 96 kHz 6,
 # while a rate without common factors would need gigabytes.
 _MAX_RESAMPLING_TAPS = 1 << 24
-
-
+_BLOCK_FRAMES = 1 << 20
 _UNKNOWN_FRAMES = 1 << 62
 """libsndfile's length of a FLAC that was written to a pipe; it can't read such a one."""
 
@@ -68,7 +67,7 @@ def probe_seconds(path: str | os.PathLike[str]) -> float | None:
 
 
 def _decode_any(source: bytes | str | os.PathLike[str], max_seconds: float) -> tuple[np.ndarray, int]:
-    """Return float32 [channels, S] and the rate in Hz."""
+    """Return float32 [S], channels averaged, and the rate in Hz."""
     if not isinstance(source, bytes):
         source = Path(source)
         if not source.is_file():
@@ -95,13 +94,16 @@ def _read_soundfile(file: soundfile.SoundFile, max_seconds: float) -> tuple[np.n
     if file.frames > limit:
         raise AudioError(f"{file.frames / rate:.1f} s long by its header; the limit is {max_seconds:g} s")
     expected = max(int(file.frames), 0)
+    blocks: list[np.ndarray] = []
     try:
-        samples = file.read(expected, dtype="float32", always_2d=True)
+        for block in file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True):
+            blocks.append(_average(block.T))
     except soundfile.LibsndfileError as error:
         raise AudioError(f"damaged: {error.error_string}") from None
+    samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     if len(samples) < expected:
         raise AudioError(f"damaged: {len(samples)} of {expected} samples could be read")
-    return samples.T, rate
+    return samples, rate
 
 
 def _decode_av(
@@ -120,15 +122,20 @@ def _decode_av(
             to_float = av.AudioResampler(format="fltp")  # keeps rate and channels
             for frame in container.decode(stream):
                 for converted in to_float.resample(frame):
-                    blocks.append(converted.to_ndarray())
-                    length += blocks[-1].shape[1]
+                    blocks.append(_average(converted.to_ndarray()))
+                    length += len(blocks[-1])
                 if length > max_seconds * rate:
                     raise AudioError(f"longer than the limit of {max_seconds:g} s")
     except (av.error.FFmpegError, OSError) as error:
         raise AudioError(f"can't be decoded: {error.strerror or error}") from None
     if not blocks:
         raise AudioError("holds no samples")
-    return np.concatenate(blocks, axis=1), rate
+    return np.concatenate(blocks), rate
+
+
+def _average(block: np.ndarray) -> np.ndarray:
+    """Channels [C, S] to one [S]. Block by block, so that many channels never lie in memory at full length."""
+    return block[0].copy() if len(block) == 1 else block.mean(axis=0, dtype=np.float32)
 
 
 def _check_format(rate: int, channels: int) -> None:
@@ -141,14 +148,13 @@ def _check_format(rate: int, channels: int) -> None:
         raise AudioError(f"odd sample rate {rate} Hz; resample it first, to 16 kHz for instance")
 
 
-def _to_model_audio(samples: np.ndarray, rate: int, max_seconds: float) -> np.ndarray:
-    """Average the channels of float32 [channels, S'] at `rate` Hz and resample; float32 [S]."""
-    seconds = samples.shape[1] / rate
+def _to_model_audio(mono: np.ndarray, rate: int, max_seconds: float) -> np.ndarray:
+    """Check and resample float32 [S'] at `rate` Hz; float32 [S]."""
+    seconds = len(mono) / rate
     if seconds > max_seconds:
         raise AudioError(f"longer than the limit of {max_seconds:g} s")
     if seconds < MIN_SECONDS:
-        raise AudioError(f"holds {samples.shape[1]} samples, less than {MIN_SECONDS} s")
-    mono = samples[0] if len(samples) == 1 else samples.mean(axis=0, dtype=np.float32)
+        raise AudioError(f"holds {len(mono)} samples, less than {MIN_SECONDS} s")
     # Extremes pass NaN and infinities on, and make no array of the clip's length.
     if not (np.isfinite(mono.min()) and np.isfinite(mono.max())):
         raise AudioError("holds values that are not finite (NaN or infinity)")

@@ -3,7 +3,8 @@
     trainables.safetensors   pool and projector (and LoRA), fp32 or fp16
     config.yaml              the configuration they were trained with
     README.md                a model card for people
-    export.json              step, sha256 of the files above, fingerprints and licences of the frozen models
+    export.json              step, sha256 of the files above, fingerprints and licences of the frozen models, and,
+                             where it was evaluated, which share of each task's clips had each prompt
 
 The frozen models are not in it; whoever loads it must have the same ones, which the fingerprints tell.
 `tools/export.py` writes one; `Listener.from_checkpoint` and `model.init_from` read it like a checkpoint.
@@ -81,6 +82,11 @@ def _read(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"{file}: damaged ({reason}); copy the export again")
 
 
+def read_usage(path: Path) -> dict[str, list[float]]:
+    """By task, the share of clips that had each prompt in front [N]; empty where the export does not say."""
+    return dict(_read(path).get("usage", {}))
+
+
 def encoder_fingerprints(model: Listen) -> dict[str, str]:
     """Of the encoders of a model, by their config keys."""
     sounds = {"audio_encoder": model.audio_encoder.fingerprint} if model.audio_encoder is not None else {}
@@ -134,7 +140,7 @@ def start_from(config: Config, trainable: nn.ModuleDict, encoders: Mapping[str, 
 
 
 def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, results: Mapping[str, Any] | None,
-          half: bool) -> Path:
+          half: bool, usage: Mapping[str, list[float]] | None = None) -> Path:
     """Write an export of a checkpoint; the folder appears whole or not at all.
 
     Args:
@@ -143,6 +149,7 @@ def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, 
         config: where the frozen models lie here.
         results: of an evaluation of this checkpoint (results.json), for the model card.
         half: store float16 instead of float32.
+        usage: of the prompts by task, in the same evaluation (see `read_usage`).
 
     Raises:
         ConfigError: the folder is there already, or results of another checkpoint.
@@ -166,6 +173,7 @@ def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, 
     contents = {"trainables.safetensors": save(tensors), "config.yaml": configuration.to_yaml(shared).encode(),
                 "README.md": model_card(shared, step, tensors, frozen, results).encode()}
     tree = {"format_version": 1, "step": step, "frozen": {key: vars(model) for key, model in frozen.items()},
+            "usage": usage or {},
             "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}}
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.tmp")

@@ -31,6 +31,8 @@ from listen_dist import dist
 
 logger = logging.getLogger(__name__)
 
+_NO_PLACE = ("listen_dist/dist.py", "engine/watchdog.py")
+"""Lines of the package that say nothing about where a rank stands."""
 _WAITING = ("/torch/distributed/", "/deepspeed/", "/listen_dist/dist.py")
 """Where the innermost Python frame lies while a rank waits for others."""
 
@@ -58,7 +60,7 @@ def place_of(frame: FrameType | None) -> tuple[str, bool]:
     innermost, ours = frame, None
     while frame is not None and ours is None:
         name = frame.f_code.co_filename
-        if "listen_dist/" in name and not name.endswith("listen_dist/dist.py"):
+        if "listen_dist/" in name and not name.endswith(_NO_PLACE):
             ours = frame
         frame = frame.f_back
     shown = [ours] if ours is innermost or ours is None else [ours, innermost]
@@ -82,7 +84,8 @@ class Watchdog:
         self._rank, self._world = dist.rank(), dist.world_size()
         self._who = f"process {os.getpid()} on {socket.gethostname()}"
         self._pulses: dict[int, Pulse] = {}
-        self._step, self._beat, self._heard = 0, time.monotonic(), time.monotonic()
+        self._step, self._beat = 0, time.monotonic()
+        self._asked = self._heard = self._beat
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -90,8 +93,12 @@ class Watchdog:
         threads = [self._watch]
         if self._world > 1:
             self._store = self._connect()
+            # All have spoken before any goes on: a rank that stops at once is known by name.
+            self._say(count=0)
+            dist.barrier()
+            self._listen()
             threads.append(self._pulse)
-        self._beat = self._heard = time.monotonic()
+        self._beat = time.monotonic()
         for target in threads:
             self._threads.append(threading.Thread(target=target, name=target.__name__, daemon=True))
             self._threads[-1].start()
@@ -113,7 +120,7 @@ class Watchdog:
         logger.error("lost contact after step %d: %s", self._step, self.diagnosis())
 
     def beat(self, step: int) -> None:
-        """Progress was made; long work between two steps (a decoding pass) calls it too."""
+        """Progress was made: `step` steps are done."""
         self._step, self._beat = step, time.monotonic()
 
     def _connect(self) -> TCPStore:
@@ -127,14 +134,20 @@ class Watchdog:
         try:
             while not self._closed.wait(self._interval):
                 count += 1
-                place, waiting = place_of(sys._current_frames().get(self._main))
-                self._store.set(f"{self._rank}", json.dumps([self._who, self._step, place, waiting, count]))
-                for rank in range(self._world):
-                    if self._store.check([f"{rank}"]):
-                        self._note(rank, *json.loads(self._store.get(f"{rank}")))
-                self._heard = time.monotonic()
+                self._asked = time.monotonic()
+                self._say(count)
+                self._listen()
         except RuntimeError:  # rank 0 is gone, and its store with it; the watch says so
             pass
+
+    def _say(self, count: int) -> None:
+        place, waiting = place_of(sys._current_frames().get(self._main))
+        self._store.set(f"{self._rank}", json.dumps([self._who, self._step, place, waiting, count]))
+
+    def _listen(self) -> None:
+        for rank, pulse in enumerate(self._store.multi_get([f"{rank}" for rank in range(self._world)])):
+            self._note(rank, *json.loads(pulse))
+        self._heard = time.monotonic()
 
     def _note(self, rank: int, who: str, step: int, place: str, waiting: bool, count: int) -> None:
         known = self._pulses.get(rank)
@@ -164,13 +177,16 @@ class Watchdog:
             logger.warning("%s: %s", self._file, error)
 
     def silent(self) -> list[int]:
-        """Ranks that no longer answer: dead, stopped, or their machine is gone."""
-        now, patience = time.monotonic(), 2.5 * self._interval
-        if self._world == 1:
-            return []
-        if now - self._heard > patience:  # the store answers no more, and rank 0 keeps it
-            return [0]
-        return [rank for rank, pulse in sorted(self._pulses.items()) if now - pulse.heard > patience]
+        """Ranks that no longer answer: dead, stopped, or their machine is gone.
+
+        On a busy machine this process may itself have come late to listen, so that the others are not measured
+        by the time now, but by the time when it last did.
+        """
+        patience = 2.5 * self._interval
+        if self._asked > self._heard and time.monotonic() - self._asked > patience:
+            return [0]  # the store answers no more, and rank 0 keeps it
+        return [rank for rank, pulse in sorted(self._pulses.items())
+                if rank != self._rank and self._heard - pulse.heard > patience]
 
     def diagnosis(self) -> str:
         """Which rank holds the run up, and what the others wait in."""

@@ -38,7 +38,8 @@ from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.evaluation.decoding import Decoder
 from listen_dist.evaluation.predictions import Prediction
-from listen_dist.inference.long_audio import Piece, join, split
+from listen_dist.inference.long_audio import Piece, join, join_settled, split
+from listen_dist.models.encoders import looks_local
 from listen_dist.schema import Config
 from listen_dist.structures import ENCODER_RATE, SAMPLE_RATE, Record
 from listen_dist.tasks import get_task
@@ -51,6 +52,8 @@ LONGEST_RECORDING = 4 * 3600.0
 """Seconds; bounds the memory that one file can take."""
 SILENT = 1e-4
 """A clip whose loudest sample is below it (-80 dB) holds nothing to hear."""
+DEMO_MODELS = "assets/models"
+"""Where `tools/get_demo_models.py` puts the frozen models."""
 CHUNK_CLIPS, CHUNK_SECONDS = 64, 600.0
 """So much is decoded ahead and put into batches by length."""
 
@@ -138,7 +141,8 @@ class Listener:
             device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1` …
             dtype: of the frozen weights; default: as trained.
             top_k: prompts to pick; default: as trained.
-            llm, speech_encoder, audio_encoder: where the frozen models lie here, if not where they were in training.
+            llm, speech_encoder, audio_encoder: where the frozen models lie here; default: where they lay in training,
+                else under the same name in assets/models.
 
         Raises:
             CheckpointError: no checkpoint, a damaged one, or one of another model.
@@ -148,9 +152,9 @@ class Listener:
         folder = exports.resolve(Path(path))
         target = _device(device)
         config = _for_one_process(configuration.load(folder / "config.yaml"), target, dtype, top_k)
-        model = replace(config.model, llm=llm or config.model.llm,
-                        speech_encoder=speech_encoder or config.model.speech_encoder,
-                        audio_encoder=audio_encoder or config.model.audio_encoder)
+        model = replace(config.model, llm=llm or _here(config.model.llm),
+                        speech_encoder=speech_encoder or _here(config.model.speech_encoder),
+                        audio_encoder=audio_encoder or _here(config.model.audio_encoder))
         try:
             parts = assemble(replace(config, model=model), target)
         except FileNotFoundError as error:
@@ -208,14 +212,17 @@ class Listener:
                max_new_tokens: int | None = None) -> Generator[str, None, Answer]:
         """The answer about one clip as it is generated, in stretches of text; returns the whole Answer.
 
-        Several pieces, choices and beams give all text at once. Leaving the generator ends the generation.
+        A recording longer than the window comes piece by piece; choices and beams give all text at once. Leaving the
+        generator ends the generation.
 
         Raises:
             AudioError, ValueError: as `generate`.
         """
         ask = Ask(task, instruction, tuple(choices), max_new_tokens)
         heard = self._hear(audio, ask)
-        if len(heard.rows) == 1 and not ask.all_choices and self.config.eval.beams == 1:
+        if len(heard.rows) > 1:
+            return (yield from self._stream_pieces(heard, ask))
+        if not ask.all_choices and self.config.eval.beams == 1:
             return (yield from self._stream(heard, ask))
         ((_, answer),) = self._answer_all({0: heard}, ask, self.config.eval.batch_tokens)
         yield answer.text
@@ -256,6 +263,27 @@ class Listener:
             yield answer.text[len(sent):]
         return answer
 
+    def _stream_pieces(self, heard: _Heard, ask: Ask) -> Generator[str, None, Answer]:
+        """Pieces in their order, some at a time; of the text what no later piece can change."""
+        places = [i for i, row in enumerate(heard.rows) if row is not None]
+        overlaps = [piece.overlap for piece in heard.pieces]
+        done: list[Prediction | None] = [None] * len(heard.rows)
+        sent = ""
+        for batch in cut_by_budget(self._costs([heard.rows[i] for i in places]), range(len(places)),
+                                   self.config.eval.batch_tokens):
+            now = [places[at] for at in batch]
+            for i, prediction in zip(now, self._answer_rows([heard.rows[i] for i in now], ask), strict=True):
+                done[i] = prediction
+            until = now[-1] + 1
+            text = join_settled(["" if p is None else p.text for p in done[:until]], overlaps[: until + 1])
+            if text[len(sent):]:
+                yield text[len(sent):]
+                sent = text
+        answer = _answer(heard, done)
+        if answer.text[len(sent):]:
+            yield answer.text[len(sent):]
+        return answer
+
     def _hear_all(self, clips: Iterable[Clip], ask: Ask) -> Iterator[tuple[int, _Heard | AudioError]]:
         for number, clip in enumerate(clips):
             try:
@@ -286,9 +314,7 @@ class Listener:
         """Answer clips in batches of pieces of like length; each clip as soon as its last piece is done."""
         places = [(number, i) for number, clip in heard.items() for i, row in enumerate(clip.rows) if row is not None]
         rows = [row for clip in heard.values() for row in clip.rows if row is not None]
-        cost = self.parts.token_cost(self._decoder.k)
-        costs = np.array([cost.fixed + math.ceil(row.seconds * cost.audio_tokens_per_second) + len(row.after_ids)
-                          for row in rows])
+        costs = self._costs(rows)
         done: dict[int, dict[int, Prediction]] = {number: {} for number in heard}
         for batch in cut_by_budget(costs, np.argsort(costs, kind="stable").tolist(), budget):
             for at, prediction in zip(batch, self._answer_rows([rows[at] for at in batch], ask), strict=True):
@@ -296,6 +322,12 @@ class Listener:
                 done[number][i] = prediction
                 if len(done[number]) == sum(row is not None for row in heard[number].rows):
                     yield number, _answer(heard[number], [done[number].get(n) for n in range(len(heard[number].rows))])
+
+    def _costs(self, rows: Sequence[Prepared | None]) -> np.ndarray:
+        """Tokens of the LLM's input for each row."""
+        cost = self.parts.token_cost(self._decoder.k)
+        return np.array([cost.fixed + math.ceil(row.seconds * cost.audio_tokens_per_second) + len(row.after_ids)
+                         for row in rows if row is not None])
 
     def _answer_rows(self, rows: Sequence[Prepared | None], ask: Ask, **options: object) -> list[Prediction]:
         batch = collate([row for row in rows if row is not None], is_features=False, skipped=[])
@@ -388,6 +420,15 @@ def _device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device = {name!r}: no usable NVIDIA GPU here; take 'cpu'")
     return torch.device(name)
+
+
+def _here(path: str) -> str:
+    """Where a frozen model lies on this machine: where it lay in training, or by its name among the demo models."""
+    if path and looks_local(path) and not os.path.exists(path):
+        for root in (Path(), Path(__file__).resolve().parents[2]):
+            if (root / DEMO_MODELS / Path(path).name).exists():
+                return str(root / DEMO_MODELS / Path(path).name)
+    return path
 
 
 def _for_one_process(config: Config, device: torch.device, dtype: Literal["bfloat16", "float32"] | None,

@@ -88,6 +88,17 @@ def join(texts: Sequence[str], overlaps: Sequence[float]) -> str:
     return " ".join(words)
 
 
+def join_settled(texts: Sequence[str], overlaps: Sequence[float]) -> str:
+    """What is certain of the text of a recording whose first pieces have these texts.
+
+    Args:
+        overlaps: each piece's `overlap` in seconds; one more than texts where another piece follows.
+    """
+    words = join(texts, overlaps[: len(texts)]).split()
+    open_words = math.ceil(sum(overlaps[len(texts) :]) * WORDS_PER_SECOND)
+    return " ".join(words[: max(0, len(words) - open_words)])
+
+
 def _seam(tail: Sequence[str], head: Sequence[str]) -> tuple[int, int]:
     """How many words of `tail` to keep and of `head` to skip.
 

@@ -143,6 +143,12 @@ def write(names: list[str], results: Iterable[tuple[int, Answer | AudioError]], 
 
 
 def _print(lines: str) -> None:
-    if lines:
+    if not lines:
+        return
+    try:
         tqdm.write(lines, file=sys.stdout)
         sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"the answers can't be written to stdout: {error.strerror}; send them elsewhere") from error

@@ -8,6 +8,7 @@ since it leaves it to torch's settings whether a file is unpickled.
 from __future__ import annotations
 
 import os
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,10 @@ def _read_checkpoint(path: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 def implementation() -> types.ModuleType:
     """speechbrain's module of BEATs; imported late, since only this encoder needs the package.
 
-    Its import would switch on rounded (TF32) products for the whole process; that is refused.
+    Its import would switch on rounded (TF32) products for the whole process; that is refused. It would also leave
+    proxies for its old module names in sys.modules, which import optional packages (k2, flair, spacy) at the first
+    look at any attribute and fail. What walks sys.modules (inspect, torch.compile, hypothesis) would trip over
+    them, so they are taken out; nothing here uses an old name.
 
     Raises:
         ValueError: the package is not installed.
@@ -140,4 +144,7 @@ def implementation() -> types.ModuleType:
         from speechbrain.lobes.models import beats
     except ImportError as error:
         raise ValueError("BEATs needs the package speechbrain: pip install 'listen_dist[audio]'") from error
+    for name, module in list(sys.modules.items()):
+        if type(module).__name__ == "DeprecatedModuleRedirect":
+            del sys.modules[name]
     return beats

@@ -106,8 +106,7 @@ def check_model_folder(path: str, key: str) -> None:
     Raises:
         FileNotFoundError: naming the config key and the cure.
     """
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_local and not os.path.isdir(path):
+    if looks_local(path) and not os.path.isdir(path):
         raise FileNotFoundError(f"{key} = {path!r}: no such folder (the demo models come with "
                                 "`python tools/get_demo_models.py`)")
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
@@ -117,6 +116,11 @@ def check_model_folder(path: str, key: str) -> None:
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{key} = {path!r}: neither a folder nor a Hugging Face name that holds a model: "
                                 f"{str(error).splitlines()[0]}") from error
+
+
+def looks_local(path: str) -> bool:
+    """Whether a model's name is a path rather than `owner/name` of a hub."""
+    return path.startswith((".", "/", "~")) or path.count("/") != 1
 
 
 def length_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:

@@ -18,7 +18,8 @@ from listen_dist.engine.assembly import assemble
 from listen_dist.engine.checkpoint import CheckpointError, TrainState
 from listen_dist.engine.optim import build_optimizer
 from listen_dist.inference.shell import newest_below
-from listen_dist.schema import ConfigError
+from listen_dist.inference.usage import known_usage
+from listen_dist.schema import ConfigError, PoolConfig
 from tests import tiny
 from tools import export
 
@@ -75,6 +76,23 @@ def test_an_export_answers_like_its_checkpoint(world: World, exported: Path, tmp
     assert str(world.tiny.speech) not in (exported / "config.yaml").read_text()
 
 
+def test_frozen_models_are_found_by_name_among_the_demo_models(world: World, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where nobody trained: the paths of the training machine lead nowhere."""
+    assert export.main(["--checkpoint", str(world.checkpoint), "--out", str(tmp_path / "shared")]) == 0
+    gone = tmp_path / "shared/config.yaml"
+    gone.write_text(gone.read_text().replace(str(world.tiny.root), "/nowhere"))
+    tree = json.loads((tmp_path / "shared/export.json").read_text())
+    tree["sha256"]["config.yaml"] = hashlib.sha256(gone.read_bytes()).hexdigest()
+    (tmp_path / "shared/export.json").write_text(json.dumps(tree))
+    with pytest.raises(FileNotFoundError, match=r"'/nowhere/llm': no such folder.*--llm"):
+        Listener.from_checkpoint(tmp_path / "shared", device="cpu")
+    for model in (world.tiny.llm, world.tiny.encoder):
+        shutil.copytree(model, tmp_path / "assets/models" / model.name)
+    monkeypatch.chdir(tmp_path)
+    assert Listener.from_checkpoint("shared", device="cpu").transcribe(tiny.sound(1.3, 3))
+
+
 def test_fingerprints_are_those_of_the_weights(world: World, exported: Path) -> None:
     frozen = json.loads((exported / "export.json").read_text())["frozen"]
     weights = (world.tiny.llm / "model.safetensors").read_bytes()
@@ -125,7 +143,10 @@ def test_the_card_has_the_figures_of_this_checkpoint(world: World, tmp_path: Pat
     file.write_text(json.dumps(results | {"checkpoint_sha256": "0"}))
     assert export.main(words) == 2 and not (tmp_path / "shared").exists()
     file.write_text(json.dumps(results))
+    row = {"id": "a", "task": "asr", "text": "", "answers": [""], "prompts": [3, 1, 4, 5], "scores": [0.2] * 4}
+    file.with_name("predictions.jsonl").write_text(json.dumps(row) + "\n")
     assert export.main(words) == 0
+    assert known_usage(tmp_path / "shared", PoolConfig(prompts=10)) == {"asr": [0, 1, 0, 1, 1, 1, 0, 0, 0, 0]}
     assert "| asr | 7 | wer (lower is better) | 0.123 | 0.100 … 0.200 | 1.000 |" in (
         tmp_path / "shared/README.md").read_text()
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from listen_dist.inference.long_audio import OVERLAP_SECONDS, Piece, join, split
+from listen_dist.inference.long_audio import OVERLAP_SECONDS, Piece, join, join_settled, split
 from listen_dist.structures import SAMPLE_RATE
 
 WORDS = ("the", "quick", "agent", "line", "is", "busy", "please", "hold", "your", "call", "now", "forward", "no",
@@ -58,7 +58,12 @@ def test_nothing_is_lost_or_doubled_at_the_seams(pause_every: int) -> None:
             assert before.start < after.start <= before.end < after.end  # every sample is in a piece
             assert after.overlap == (0 if pause_every else OVERLAP_SECONDS)
         texts = [transcribe(piece, spoken) for piece in pieces]
-        assert join(texts, [piece.overlap for piece in pieces]).split() == [word for word, _, _ in spoken]
+        overlaps, words = [piece.overlap for piece in pieces], [word for word, _, _ in spoken]
+        assert join(texts, overlaps).split() == words
+        for known in range(1, len(pieces) + 1):  # what is given out early is never taken back
+            settled = join_settled(texts[:known], overlaps[: known + 1]).split()
+            assert settled == words[: len(settled)]
+            assert len(settled) >= len(join(texts[:known], overlaps[:known]).split()) - 10
         if not pause_every:  # there is something to repair
             assert sum(len(text.split()) for text in texts) > len(spoken) + 2 * len(pieces)
     assert seams >= 45
