@@ -16,6 +16,22 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import argparse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file, e.g. the config.yaml of a run folder")
+    parser.add_argument("--checkpoint", help="checkpoint or run folder (default: the newest of run_dir)")
+    parser.add_argument("--out", help="where results go (default: run_dir)")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not used")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, e.g. eval.beams=4")
+    return parser
+
+
+if __name__ == "__main__":
+    # Before torch is imported, which takes seconds: --help and a wrong option are answered at once.
+    build_parser().parse_intermixed_args()
+
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -51,14 +67,8 @@ class Places:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file, e.g. the config.yaml of a run folder")
-    parser.add_argument("--checkpoint", help="checkpoint or run folder (default: the newest of run_dir)")
-    parser.add_argument("--out", help="where results go (default: run_dir)")
-    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not used")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, e.g. eval.beams=4")
     # intermixed: overrides may stand before and after the options
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = build_parser().parse_intermixed_args(argv)
     return arguments, configuration.load(arguments.config, arguments.overrides)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,11 @@ def test_beams(greedy: tuple[Path, str], evaluate: Evaluate) -> None:
     assert len(found) == 5
     by_id = {row["id"]: row for row in predictions(greedy[0])}
     assert all(row["prompts"] == by_id[row["id"]]["prompts"] for row in found)
+
+
+@pytest.mark.parametrize("script", [launching.TRAIN, launching.EVALUATE])
+def test_help_imports_nothing_heavy(script: str) -> None:
+    code = (f"import runpy, sys\nsys.argv = [{script!r}, '--help']\n"
+            f"try: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+            "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy'\n")
+    assert "--config" in launching.run([sys.executable, "-c", code], 60).check().output
