@@ -25,10 +25,11 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from listen_dist import config as configuration
 from listen_dist import logs
+from listen_dist.data.manifest import file_sha256
 from listen_dist.data.schedule import SampleRef
 from listen_dist.data.shards import ShardError, ShardIndex
 from listen_dist.evaluation.predictions import Prediction
-from listen_dist.evaluation.results import code_commit, score_and_write, sha256_of, versions
+from listen_dist.evaluation.results import code_commit, score_and_write, versions
 from listen_dist.models.encoders import check_model_folder
 from listen_dist.schema import Config, ConfigError, SetConfig
 from listen_dist.structures import SAMPLE_RATE, AudioSample, SkippedSample
@@ -76,7 +77,7 @@ def evaluate(config: Config, split: str, out: Path, batch: int) -> None:
     weights = Path(config.model.speech_encoder) / "model.safetensors"
     score_and_write(out, "", {
         "step": 0, "checkpoint": config.model.speech_encoder,
-        "checkpoint_sha256": sha256_of(weights) if weights.is_file() else "", "split": split, "k": 0,
+        "checkpoint_sha256": file_sha256(weights) if weights.is_file() else "", "split": split, "k": 0,
         "decoding": {"decoder": "Whisper's own", "beams": 1, "batch": batch},
         "data_fingerprints": {str(index.folder): index.fingerprint for index in indexes},
         "code_commit": code_commit(), "versions": versions(), "ranks": 1, "llm": "none", "untrained_tasks": [],

@@ -20,7 +20,7 @@ from tests import launching, tiny
 from tools.step_bench.rivals import PaddedLogMel, TrainerModel, padded_loss, research_step, run_trainer
 from tools.step_bench.worlds import made_up_set
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 ROOT = Path(__file__).resolve().parents[2]
 K = 3
 
@@ -88,7 +88,7 @@ def test_the_benchmark_runs(tiny_world: tiny.Tiny) -> None:
     """The GPU's path with shrunk models: both sets, all ways, ZeRO-3."""
     words = [sys.executable, str(ROOT / "tools/bench_step.py"), "--json", "--quick", "--random", "small", "--config",
              tiny_world.config_file, "--batch-tokens", "4096"]
-    output = launching.run(words, 200).check().output
+    output = launching.run(words, 500).check().output
     result, _ = json.JSONDecoder().raw_decode(output[output.index('{\n "machine"') :])
     rows = {(row["set"], row["way"]): row for row in result["rows"]}
     for label in ("config", "made-up"):
