@@ -15,10 +15,10 @@ export TOKENIZERS_PARALLELISM := false
 SETS := asr language_id speaker_verification speech_qa caption
 SHARD = $(BIN)/python tools/shard_dataset.py --separate --overwrite --features speech \
   --speech-encoder assets/models/whisper-tiny.en --workers $(RANKS)
-.PHONY: help setup models recordings shards train evaluate quickstart demo try comparison report test slurm faults ledger lint clean
+.PHONY: help setup models recordings shards train evaluate quickstart demo try comparison report test test-tools faults ledger lint clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(VENV)/installed  ## the environment in .venv
 
@@ -70,15 +70,18 @@ comparison: shards  ## the pool, its rivals and ablations on the demo data, in o
 report:  ## open the pool of runs/quickstart (or RUN=…) again: report/report.html in the run folder
 	$(BIN)/python -m listen_dist.evaluation.report --run $(or $(RUN),runs/quickstart)
 
-test: models recordings lint slurm  ## lint, types, layers and all tests
+test: models recordings lint test-tools  ## lint, types, layers and all tests
 	$(BIN)/python -m pytest tests -q
 
 # Several at once may wait for each other's lock; whatever goes wrong, the tests say what is missing and skip.
-slurm:  ## Debian's Slurm for the tests of slurm/, where apt-get and root are there
-	@if command -v apt-get >/dev/null && test "$$(id -u)" = 0 && ! command -v slurmd >/dev/null; then \
-	  echo "installing Slurm for the tests ..."; timeout 120 apt-get -qq update; DEBIAN_FRONTEND=noninteractive \
-	  timeout 240 apt-get -qq -y -o DPkg::Lock::Timeout=60 install --no-install-recommends \
-	    slurmctld slurmd slurm-client munge shellcheck iproute2 >/dev/null; fi || true
+APT = DEBIAN_FRONTEND=noninteractive timeout 240 apt-get -qq -y -o DPkg::Lock::Timeout=60 install --no-install-recommends
+test-tools:  ## Debian's Slurm and Chromium for their tests, where apt-get and root are there
+	@if command -v apt-get >/dev/null && test "$$(id -u)" = 0; then \
+	  if ! command -v slurmd >/dev/null || ! command -v chromium-headless-shell >/dev/null; then \
+	    echo "installing Slurm and Chromium for the tests ..."; timeout 120 apt-get -qq update; fi; \
+	  command -v slurmd >/dev/null || \
+	    $(APT) slurmctld slurmd slurm-client munge shellcheck iproute2 >/dev/null; \
+	  command -v chromium-headless-shell >/dev/null || $(APT) chromium-headless-shell >/dev/null; fi || true
 
 faults: setup  ## kill a small run at 20 random moments and compare it with an unbroken one
 	$(BIN)/python -m tests.distributed.fault_campaign
