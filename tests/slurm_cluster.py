@@ -49,7 +49,7 @@ def missing() -> str:
     if os.geteuid() != 0:
         return "Slurm's daemons are started by root"
     lacking = [program for program in PROGRAMS if not shutil.which(program)]
-    return f"{', '.join(lacking)} not installed (`make slurm` does, where apt-get can)" if lacking else ""
+    return f"{', '.join(lacking)} not installed (`make test-tools` does, where apt-get can)" if lacking else ""
 
 
 def until(condition: Callable[[], bool], seconds: float, what: Callable[[], str] = lambda: "") -> None:
