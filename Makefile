@@ -15,10 +15,10 @@ export TOKENIZERS_PARALLELISM := false
 SETS := asr language_id speaker_verification speech_qa caption
 SHARD = $(BIN)/python tools/shard_dataset.py --separate --overwrite --features speech \
   --speech-encoder assets/models/whisper-tiny.en --workers $(RANKS)
-.PHONY: help setup models recordings shards train evaluate quickstart demo comparison report test faults ledger lint clean
+.PHONY: help setup models recordings shards train evaluate quickstart demo try comparison report test test-tools faults ledger lint clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(VENV)/installed  ## the environment in .venv
 
@@ -43,7 +43,6 @@ train: shards  ## train configs/quickstart.yaml (goes on where it stopped)
 
 evaluate: train  ## decode and score the held-out clips
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/quickstart.yaml
-	$(BIN)/python -m listen_dist.evaluation.report --run runs/quickstart
 
 quickstart: evaluate  ## all of it, from nothing to a table of results
 	@echo
@@ -52,22 +51,37 @@ quickstart: evaluate  ## all of it, from nothing to a table of results
 	@echo "Next:    the README's section 'Going on'."
 
 demo: shards  ## train configs/demo_full.yaml, longer and with synthetic speech, and score it
-	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 4000
+	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 3600 --recombined 3600
 	$(SHARD) assets/manifests/asr_synthetic.*.jsonl assets/shards
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/demo_full.yaml
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/demo_full.yaml
 
+HEARD := conf-lockednow vm-star-cancel vm-prev confbridge-removed
+try: models  ## let the trained models/demo transcribe recordings that it never met: no training
+	$(BIN)/python tools/prepare/phone_prompts.py
+	$(BIN)/python -m listen_dist.infer --checkpoint models/demo $(HEARD:%=assets/recordings/phone_prompts/en/%.g722)
+
 STEPS ?= 400
 SEEDS ?= 0
 comparison: shards  ## the pool, its rivals and ablations on the demo data, in one table (STEPS=400 SEEDS="0 1 2")
-	$(BIN)/python tools/run_comparison.py configs/rivals/*.yaml configs/ablations/*.yaml --ranks $(RANKS) \
-	  --seeds $(SEEDS) --top-k 1 2 8 train.max_steps=$(STEPS)
+	$(BIN)/python tools/run_comparison.py configs/rivals/*.yaml configs/ablations/*.yaml train.max_steps=$(STEPS) \
+	  --ranks $(RANKS) --seeds $(SEEDS) --top-k 1 2 8
 
-report:  ## open the pool of runs/quickstart (or RUN=…): report/report.html in the run folder
+report:  ## open the pool of runs/quickstart (or RUN=…) again: report/report.html in the run folder
 	$(BIN)/python -m listen_dist.evaluation.report --run $(or $(RUN),runs/quickstart)
 
-test: models recordings lint  ## lint, types, layers and all tests
+test: models recordings lint test-tools  ## lint, types, layers and all tests
 	$(BIN)/python -m pytest tests -q
+
+# Several at once may wait for each other's lock; whatever goes wrong, the tests say what is missing and skip.
+APT = DEBIAN_FRONTEND=noninteractive timeout 240 apt-get -qq -y -o DPkg::Lock::Timeout=60 install --no-install-recommends
+test-tools:  ## Debian's Slurm and Chromium for their tests, where apt-get and root are there
+	@if command -v apt-get >/dev/null && test "$$(id -u)" = 0; then \
+	  if ! command -v slurmd >/dev/null || ! command -v chromium-headless-shell >/dev/null; then \
+	    echo "installing Slurm and Chromium for the tests ..."; timeout 120 apt-get -qq update; fi; \
+	  command -v slurmd >/dev/null || \
+	    $(APT) slurmctld slurmd slurm-client munge shellcheck iproute2 >/dev/null; \
+	  command -v chromium-headless-shell >/dev/null || $(APT) chromium-headless-shell >/dev/null; fi || true
 
 faults: setup  ## kill a small run at 20 random moments and compare it with an unbroken one
 	$(BIN)/python -m tests.distributed.fault_campaign

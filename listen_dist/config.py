@@ -228,6 +228,8 @@ def check(config: Config) -> None:
                 require(limit >= 0, f"data.{split}[{i}].{key}", limit, "must be at least 0 (no limit)")
                 require(split == "train" or not limit, f"data.{split}[{i}].{key}", limit,
                          "only training leaves samples out; evaluation has eval.limit")
+            require(split == "train" or not entry.task, f"data.{split}[{i}].task", entry.task,
+                     "only training leaves samples out")
     require(data.temperature is None or data.temperature > 0, "data.temperature", data.temperature,
              "must be positive; 1 draws in proportion to size, large values from all sets alike")
     _check_augment(data)

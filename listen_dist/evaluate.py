@@ -3,8 +3,8 @@
     deepspeed --num_gpus 2 listen_dist/evaluate.py --config runs/quickstart/config.yaml
     python listen_dist/evaluate.py --config runs/quickstart/config.yaml eval.beams=4 --out runs/quickstart/beam4
 
-Writes results.json and predictions.jsonl into --out and prints a table. Started again after an
-interruption, it goes on where it was.
+Writes results.json, predictions.jsonl and the pool's report into --out and prints a table. Started again
+after an interruption, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,39 +16,59 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import argparse
-import json
-import logging
-from collections.abc import Sequence
-from typing import Any
-
-from listen_dist import config as configuration
-from listen_dist import dist, logs
-from listen_dist.data.loader import LoaderError
-from listen_dist.data.shards import ShardError
-from listen_dist.engine import checkpoint
-from listen_dist.engine.assembly import assemble, with_pool_tasks
-from listen_dist.engine.checkpoint import CheckpointError
-from listen_dist.evaluation import predictions as files
-from listen_dist.evaluation.decoding import Decoder
-from listen_dist.evaluation.placement import placed
-from listen_dist.evaluation.predictions import PartialFile, Prediction
-from listen_dist.evaluation.results import check_same_model, provenance, table, untrained_tasks
-from listen_dist.evaluation.scoring import check_references, entry_for
-from listen_dist.schema import Config, ConfigError, SetConfig
-from listen_dist.structures import SkippedSample
-
-logger = logging.getLogger("listen_dist.evaluate")
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, e.g. the config.yaml of a run folder")
     parser.add_argument("--checkpoint", help="checkpoint or run folder (default: the newest of run_dir)")
     parser.add_argument("--out", help="where results go (default: run_dir)")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not used")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, e.g. eval.beams=4")
+    return parser
+
+
+if __name__ == "__main__":
+    # Before torch is imported, which takes seconds: --help and a wrong option are answered at once.
+    build_parser().parse_intermixed_args()
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from listen_dist import config as configuration
+from listen_dist import dist, logs
+from listen_dist.data.decode import AudioError
+from listen_dist.data.loader import LoaderError
+from listen_dist.data.shards import ShardError
+from listen_dist.engine import checkpoint
+from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
+from listen_dist.engine.checkpoint import CheckpointError
+from listen_dist.evaluation import predictions as files
+from listen_dist.evaluation import report
+from listen_dist.evaluation.decoding import Decoder
+from listen_dist.evaluation.placement import placed
+from listen_dist.evaluation.predictions import PartialFile, Prediction
+from listen_dist.evaluation.report import Evaluated, ReportError
+from listen_dist.evaluation.results import check_same_model, provenance, score_and_write, untrained_tasks
+from listen_dist.schema import Config, ConfigError, SetConfig
+from listen_dist.structures import SkippedSample
+
+logger = logging.getLogger("listen_dist.evaluate")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where an evaluation reads and writes."""
+
+    checkpoint: Path
+    out: Path
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
     # intermixed: overrides may stand before and after the options
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = build_parser().parse_intermixed_args(argv)
     return arguments, configuration.load(arguments.config, arguments.overrides)
 
 
@@ -78,27 +98,43 @@ def decode_split(decoder: Decoder, sets: Sequence[SetConfig], header: dict[str, 
     return predictions, skipped
 
 
-def score_and_write(folder: Path, suffix: str, facts: dict[str, Any], saved: Config,
-                    predictions: Sequence[Prediction], skipped: Sequence[SkippedSample]) -> None:
-    """Score a split and write its three files; results.json last, so that it stands for all.
+def evaluate_split(decoder: Decoder, split: str, sets: Sequence[SetConfig], places: Places, saved: Config,
+                   step: int) -> None:
+    """Decode, score, write and report on one split.
 
     Args:
-        facts: what results.json holds besides the scores.
         saved: the configuration that the checkpoint was trained with.
+        step: of the checkpoint.
     """
-    check_references(predictions)
-    names = dict.fromkeys(row.task for row in predictions)
-    tasks = {name: entry_for(name, [row for row in predictions if row.task == name]) for name in names}
-    untrained = untrained_tasks(saved, set(tasks))
-    results = {"format_version": 2, "tasks": tasks, "skipped": len(skipped), "untrained_tasks": untrained, **facts}
-    files.write_file(folder / f"predictions{suffix}.jsonl", files.to_lines(predictions))
-    files.write_file(folder / f"eval_skipped{suffix}.jsonl", files.to_lines(skipped))
-    files.write_file(folder / f"results{suffix}.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    print(table(tasks), flush=True)
-    if untrained:
+    parts, config = decoder.parts, decoder.parts.config
+    indexes = parts.reader(sets, with_targets=False).indexes
+    fingerprints = {entry.path: index.fingerprint for entry, index in zip(sets, indexes, strict=True)}
+    if len(set(fingerprints.values())) < len(sets):
+        raise ConfigError(f"data.{split}: names a set twice, whose samples would count twice; name it once")
+    origin = provenance(config, places.checkpoint, split, fingerprints) | {
+        "k": parts.model.pool.prompt_tokens(config.pool.k)}
+    partial = places.out / f"partial.{split}"
+    predictions, skipped = decode_split(decoder, sets, origin, partial)
+    suffix = "" if len(config.eval.splits) == 1 else f".{split}"
+    untrained = untrained_tasks(saved, {row.task for row in predictions})
+    facts = {"step": step, **origin, "ranks": dist.world_size(), "llm": "whole" if decoder.whole else "sharded",
+             "batch_tokens": config.eval.batch_tokens, "untrained_tasks": untrained}
+    results = dist.on_main(score_and_write, places.out, suffix, facts, predictions, skipped)
+    if untrained and dist.is_main():
         print(f"never trained in this checkpoint: {', '.join(untrained)}", flush=True)
-    print(f"{len(skipped)} samples skipped. Details: {folder / f'results{suffix}.json'}, "
-          f"{folder / f'predictions{suffix}.jsonl'}", flush=True)
+    dist.on_main(files.clear, partial)
+    if config.eval.report and config.pool.selection != "none":
+        rows = [asdict(row) for row in predictions]
+        write_report(Evaluated(places.out, config, results, rows, suffix), parts)
+
+
+def write_report(run: Evaluated, parts: Parts) -> None:
+    """Open the pool; the scores are written, so what is wrong with it ends nothing."""
+    try:
+        page = report.make(run, parts)
+        logger.info("the pool, opened: %s", page)
+    except (ReportError, ShardError, AudioError) as error:
+        logger.warning("no report: %s", error)
 
 
 def evaluate(arguments: argparse.Namespace, config: Config) -> int:
@@ -112,22 +148,11 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
     parts = assemble(config, device)
     checkpoint.load_trainables(path, parts.model.trainable)
     parts.model.eval()
-    out = Path(arguments.out or config.run_dir)
+    places = Places(path, Path(arguments.out or config.run_dir))
     with placed(parts) as whole:
         decoder = Decoder(parts, config.eval, config.pool.k, whole)
         for split, sets in splits.items():
-            indexes = parts.reader(sets, with_targets=False).indexes
-            fingerprints = {entry.path: index.fingerprint for entry, index in zip(sets, indexes, strict=True)}
-            if len(set(fingerprints.values())) < len(sets):
-                raise ConfigError(f"data.{split}: names a set twice, whose samples would count twice; name it once")
-            origin = provenance(config, path, split, fingerprints) | {
-                "k": parts.model.pool.prompt_tokens(config.pool.k)}
-            partial = out / f"partial.{split}"
-            predictions, skipped = decode_split(decoder, sets, origin, partial)
-            suffix = "" if len(splits) == 1 else f".{split}"
-            facts = {"step": state.step, **origin, "ranks": dist.world_size(), "llm": "whole" if whole else "sharded"}
-            dist.on_main(score_and_write, out, suffix, facts, saved, predictions, skipped)
-            dist.on_main(files.clear, partial)
+            evaluate_split(decoder, split, sets, places, saved, state.step)
     return 0
 
 

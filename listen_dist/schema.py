@@ -133,6 +133,8 @@ class SetConfig:
     0: no such limit. Start-up reads every sidecar of a set with a limit."""
     max_samples: int = 0
     """Train on so many samples of the set at most (the first of the index); 0: all."""
+    task: str = ""
+    """Train on this task's samples only, of a set that holds several; empty: on all. Reads all sidecars too."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,12 @@ class AugmentConfig:
     gain_db: float = 0
     """Louder or softer by up to so many decibels."""
     noise: str = ""
-    """Folder of audio files (searched at all depths); a stretch of one is added to each clip."""
+    """Folder of audio files (searched at all depths), or shards as in `data.train[i].path`; a stretch of one sound
+    is added to each clip."""
     noise_snr_db: list[float] = field(default_factory=lambda: [5.0, 20.0])
     """Lowest and highest signal-to-noise ratio in decibels, by mean power."""
     reverb: str = ""
-    """Folder of room impulse responses (searched at all depths)."""
+    """Room impulse responses: a folder of audio files (searched at all depths), or shards."""
     reverb_share: float = 0.5
     """Share of the clips that get reverberation, where `reverb` is given."""
     time_masks: int = 0
@@ -291,6 +294,8 @@ class EvalConfig:
     """Budget of LLM input tokens of one decoding batch."""
     limit: int = 0
     """Decode only so many samples of each set, evenly spread over it; 0: all."""
+    report: bool = True
+    """Open the pool after scoring: report/report.html beside results.json, and its figures in MLflow."""
 
 
 @dataclass(frozen=True)

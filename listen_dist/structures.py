@@ -70,7 +70,9 @@ class AudioSample:
     waveform: np.ndarray | None
     """float32 [S], or None when the features were read instead."""
     features: np.ndarray | None = None
-    """float16 [F, E] frozen encoder output, when the shard stores it."""
+    """float16 [F, E] output of the frozen speech encoder, when the shard stores it."""
+    audio_features: np.ndarray | None = None
+    """float16 [F', E'] output of the frozen audio encoder, when the shard stores it too."""
 
 
 @dataclass

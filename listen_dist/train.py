@@ -14,6 +14,20 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import argparse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not used")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, e.g. train.max_steps=50")
+    return parser
+
+
+if __name__ == "__main__":
+    # Before torch is imported, which takes seconds: --help and a wrong option are answered at once.
+    build_parser().parse_args()
+
 import json
 import logging
 import tempfile
@@ -76,11 +90,7 @@ class Run:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Config:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file, see configs/")
-    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not used")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, e.g. train.max_steps=50")
-    arguments = parser.parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     return configuration.load(arguments.config, arguments.overrides)
 
 

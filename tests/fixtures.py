@@ -36,7 +36,7 @@ def trained(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("trained") / "run"
     words = [*launching.command("deepspeed", launching.TRAIN, 2), "--config", tiny_world.config_file,
              f"run_dir={folder}", "train.batches_per_step=2"]
-    return TrainedRun(folder, launching.run(words, 150).check().output)
+    return TrainedRun(folder, launching.run(words, 600).check().output)
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +61,7 @@ def unbroken(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) ->
 
     folder = tmp_path_factory.mktemp("unbroken")
     for rank in fault_worker.start(2, fault_worker.words(tiny_world.config_file, folder), folder):
-        rank.wait(240).check()
+        rank.wait(600).check()
     return folder
 
 

@@ -102,7 +102,8 @@ def config_tree(tiny: Tiny) -> dict[str, Any]:
                  "test": [{"path": str(tiny.test)}], "batch_tokens": 320, "window": 12},
         "train": {"max_steps": 12, "learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_steps": 3,
                   "log_every": 1, "save_every": 4, "checksum_every": 2, "keep": 3},
-        "parallel": {"timeout_minutes": 2.0, "max_live_parameters": 1000},
+        "parallel": {"timeout_minutes": 10.0, "max_live_parameters": 1000},
+        "eval": {"report": False},
         "tracking": {"mlflow": False},
     }
 

@@ -7,7 +7,8 @@
 
 The sets are those of `data.train`, without stored features. Four pipelines take turns on the same clips (as many as
 `--clips`, drawn from the sets in the config's shares and written as shards of their own), in one process on one
-thread; the figures are medians over the rounds, in processor time, so that a busy machine changes them little:
+thread, each round in another order. Figures are medians over the rounds, in processor time; `over_floor` is the median
+of the rounds' own ratios, since a busy machine slows what runs at the same time alike:
 
     full         ours: plan, read, decode, log-mel, text, collate
     floor        what can't be left out: the tars read in sequence, FLAC decoded, log-mel
@@ -34,6 +35,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -57,7 +59,7 @@ from listen_dist.data.text import TextEncoder
 from listen_dist.data.text_cost import learn_text_tokens
 from listen_dist.engine.meter import imbalance
 from listen_dist.models.llm import load_tokenizer
-from listen_dist.schema import Config
+from listen_dist.schema import Config, SetConfig
 from listen_dist.structures import ENCODER_RATE, SAMPLE_RATE, Batch, LoaderState
 
 BATCH = 16
@@ -118,7 +120,7 @@ class Stages:
                   for start in range(0, clips, 100)]
         write_index(folder, [shard for shard in shards if shard], 0, None)
         # A window for a turn: then every turn of every pipeline is over the same clips.
-        data = replace(self.config.data, train=[configuration.SetConfig(str(folder))], window=clips)
+        data = replace(self.config.data, train=[SetConfig(str(folder))], window=clips)
         return replace(self, config=replace(self.config, data=data), indexes=[ShardIndex.load(folder)])
 
 
@@ -176,36 +178,52 @@ def unpack(stages: Stages, folder: Path) -> None:
                 (folder / f"{number}-{sample['__key__']}.{suffix}").write_bytes(sample[suffix])
 
 
-def measure_speed(stages: Stages, rounds: int, clips: int) -> list[dict[str, float | str]]:
-    """One row a pipeline; they take turns, `clips` clips a turn."""
+def measure_speed(stages: Stages, rounds: int, clips: int) -> tuple[list[dict[str, float | str]], dict[str, Any]]:
+    """One row a pipeline, and how near ours comes to the floor; they take turns, `clips` clips a turn."""
     with tempfile.TemporaryDirectory() as shards, tempfile.TemporaryDirectory() as loose:
         stages = stages.narrowed(clips, Path(shards))
         unpack(stages, Path(loose))
         streams = {"full": full(stages), "floor": floor(stages), "webdataset": plain_webdataset(stages),
                    "loose files": loose_files(stages, Path(loose))}
-        sizes: dict[str, list[tuple[float, float, float]]] = {key: [] for key in streams}
-        for turn in range(rounds + 1):
-            for key, stream in streams.items():
-                measured = _turn(stream, clips)
-                if turn:  # the first one warms up
-                    sizes[key].append(measured)
+        turns: list[dict[str, Turn]] = []
+        for number in range(rounds + 1):
+            order = list(streams)[number % len(streams):] + list(streams)[: number % len(streams)]
+            measured = {key: _turn(streams[key], clips) for key in order}
+            if number:  # the first round warms up
+                turns.append(measured)
         bytes_a_second = (sum(entry.bytes for index in stages.indexes for entry in index.shards)
                           / sum(index.seconds for index in stages.indexes))
-        return [_row(key, measured, bytes_a_second) for key, measured in sizes.items()]
+        rows = [_row(key, [turn[key] for turn in turns], bytes_a_second) for key in streams]
+    ratios = [turn["full"].clips_per_second / turn["floor"].clips_per_second for turn in turns]
+    return rows, {"over_floor": statistics.median(ratios), "over_floor_rounds": [round(ratio, 3) for ratio in ratios]}
 
 
-def _turn(stream: Iterator[list[float]], clips: int) -> tuple[float, float, float]:
-    """Clips, seconds of audio and processor seconds of one turn."""
+@dataclass(frozen=True)
+class Turn:
+    """What one pipeline did in one round."""
+
+    clips: int
+    audio: float
+    """Seconds."""
+    processor: float
+    """Seconds."""
+
+    @property
+    def clips_per_second(self) -> float:
+        return self.clips / self.processor
+
+
+def _turn(stream: Iterator[list[float]], clips: int) -> Turn:
     start, done, audio = time.process_time(), 0, 0.0
     while done < clips:
         seconds = next(stream)
         done, audio = done + len(seconds), audio + sum(seconds)
-    return done, audio, time.process_time() - start
+    return Turn(done, audio, time.process_time() - start)
 
 
-def _row(name: str, measured: list[tuple[float, float, float]], bytes_a_second: float) -> dict[str, float | str]:
-    audio = statistics.median(audio / cpu for _, audio, cpu in measured)
-    return {"pipeline": name, "clips_per_second": statistics.median(done / cpu for done, _, cpu in measured),
+def _row(name: str, turns: list[Turn], bytes_a_second: float) -> dict[str, float | str]:
+    audio = statistics.median(turn.audio / turn.processor for turn in turns)
+    return {"pipeline": name, "clips_per_second": statistics.median(turn.clips_per_second for turn in turns),
             "audio_hours_per_second": audio / 3600, "megabytes_per_second": audio * bytes_a_second / 1e6}
 
 
@@ -270,7 +288,7 @@ def measure_scale(shards: int, rows: int) -> dict[str, float]:
         loaded = time.perf_counter() - start
         results: dict[str, float] = {"shards": shards, "samples": index.samples, "load_seconds": loaded,
                                      "load_cpu_seconds": time.process_time() - cpu}
-        mixture = Mixture([index], [configuration.SetConfig(name)], 0)
+        mixture = Mixture([index], [SetConfig(name)], 0)
         for what, window in (("first_batch", 0), ("resume", index.samples // 2048 // 2)):
             before, before_cpu = time.perf_counter(), time.process_time()
             plan = plan_batches(mixture, TokenCost(30, 10.0), 2048, 2048, 0, LoaderState(window, 3, window * 2048))
@@ -314,9 +332,10 @@ def main() -> None:
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each pipeline (default 5)")
-    parser.add_argument("--clips", type=int, default=1000, help="clips a turn (default 1000)")
-    parser.add_argument("--ranks", type=int, default=2, help="for the balance (default 2)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each pipeline (default 15)")
+    parser.add_argument("--clips", type=int, default=300, help="clips a turn (default 300)")
+    parser.add_argument("--ranks", type=int, default=2, help="for padding and balance (default 2)")
+    parser.add_argument("--steps", type=int, default=100, help="for padding and balance (default 100)")
     parser.add_argument("--scale", type=int, metavar="SHARDS", help="instead: a made-up index of so many shards")
     parser.add_argument("--rows", type=int, default=1000, help="samples a made-up shard (default 1000)")
     parser.add_argument("--memory", type=int, metavar="BATCHES", help="instead: memory over so many small batches")
@@ -332,20 +351,19 @@ def main() -> None:
         growth = rows[-1]["mib"] / rows[len(rows) // 4]["mib"] - 1
         print(json.dumps({"machine": machine(), "rows": rows, "summary": {"growth_after_a_quarter": growth}}, indent=1))
         return
-    rows = measure_speed(stages, options.rounds, options.clips)
-    speeds = {row["pipeline"]: float(row["clips_per_second"]) for row in rows}
-    summary = {"over_floor": speeds["full"] / speeds["floor"],
-               **measure_balance(stages, options.ranks, 100)}
+    rows, speed = measure_speed(stages, options.rounds, options.clips)
+    summary = speed | measure_balance(stages, options.ranks, options.steps)
     print(report(rows, summary, options.json))
 
 
-def report(rows: list[dict[str, float | str]], summary: dict[str, float], as_json: bool) -> str:
+def report(rows: list[dict[str, float | str]], summary: dict[str, Any], as_json: bool) -> str:
     if as_json:
         return json.dumps({"machine": machine(), "rows": rows, "summary": summary}, indent=1)
     lines = ["| pipeline | clips/s | audio h/s | MB/s |", "|---|---|---|---|"]
     lines += ["| {pipeline} | {clips_per_second:.0f} | {audio_hours_per_second:.3f} | {megabytes_per_second:.2f} |"
               .format(**row) for row in rows]
-    return "\n".join([machine(), *lines, *(f"{key}: {value:.3f}" for key, value in summary.items())])
+    figures = (f"{key}: {value:.3f}" for key, value in summary.items() if isinstance(value, float))
+    return "\n".join([machine(), *lines, *figures])
 
 
 if __name__ == "__main__":

@@ -9,13 +9,16 @@ device at the start; bytes and operations are what no implementation can avoid (
 The op is timed as called and as a captured CUDA graph; torch.compile in its default mode with dynamic
 shapes on every row, and as max-autotune (static, capturing graphs itself) on the rows of the paper's
 sizes. Speed-ups compare the best of the op with the best of its rival; against eager, as called.
-Before a shape is timed, its scores must agree with the reference's. Rows that the time budget doesn't
-reach are listed in `left_out`, never guessed.
+Before a shape is timed, its scores must agree with the reference's. A row that can't be measured, for
+memory or another reason, is listed in `failed` and costs no other row; what the time budget doesn't
+reach is listed in `left_out`, never guessed. Behind the paper's pool, rows come in even samples of the
+table, so that those that were reached speak for the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import math
@@ -34,6 +37,10 @@ from listen_dist.kernels.topk_match.reference import topk_match_reference
 LAUNCH_BOUND_SECONDS = 20e-6
 """Rows whose limit is below it are about launches, not about memory."""
 LARGE_BYTES = 256e6
+SAMPLES = 7
+"""The table is gone through in so many even samples (odd: forward and backward rows alternate in it)."""
+TABLE_SHARE = 0.8
+"""Of the budget; the rest is for max-autotune, which compiles every row anew."""
 BACKWARD_LAUNCHES = 3
 
 
@@ -89,8 +96,14 @@ def shapes(quick: bool) -> list[Shape]:
     if quick:
         grid = itertools.product((1, 8), (32,), (50,), (576,), (20,))
     found = [Shape(*sizes, backward) for sizes in grid if sizes[4] <= sizes[2] for backward in (False, True)]
-    # One context and one pool serve neighbours; the small go first, so that a budget cuts the large.
-    return sorted(found, key=lambda s: (s.N > 50, s.B * s.T * s.D + s.N * s.D + s.B * s.N, s.k, s.backward))
+    found.sort(key=lambda s: (s.B * s.T * s.D + s.N * s.D + s.B * s.N, s.N, s.k, s.backward))
+    paper, rest = ([s for s in found if (s.N == 50) == small] for small in (True, False))
+    return paper + [s for first in range(SAMPLES) for s in rest[first::SAMPLES]]
+
+
+def is_paper_s(shape: Shape) -> bool:
+    """Rows that max-autotune is tried on."""
+    return (shape.N, shape.k, shape.D) == (50, 20, 4096) and shape.B <= 64
 
 
 def count(shape: Shape, context_bytes: int) -> tuple[int, int]:
@@ -113,22 +126,22 @@ def synchronize(device: str) -> None:
 
 
 def seconds_a_call(function: Callable[[], object], device: str, at_least: float = 0.01) -> float:
-    """Median over 3 rounds; each is as many calls as take `at_least` seconds, timed as a whole."""
-    for _ in range(3):
-        function()
+    """Median over 3 rounds (one of slow calls); each as many calls as take `at_least` seconds, timed as a whole."""
+    function()
     synchronize(device)
     start = time.perf_counter()
     function()
     synchronize(device)
-    calls = max(1, min(50, math.ceil(at_least / (time.perf_counter() - start))))
+    once = time.perf_counter() - start
+    calls = max(1, min(50, math.ceil(at_least / once)))
     rounds = []
-    for _ in range(3):
+    for _ in range(3 if once < 0.1 else 1):
         start = time.perf_counter()
         for _ in range(calls):
             function()
         synchronize(device)
         rounds.append((time.perf_counter() - start) / calls)
-    return sorted(rounds)[1]
+    return sorted(rounds)[len(rounds) // 2]
 
 
 def device_limits(device: str, quick: bool) -> tuple[float, float]:
@@ -212,9 +225,27 @@ def measure(row: Row, inputs: Inputs, compiled: Callable[..., tuple], device: st
     row.seconds["triton"] = seconds_a_call(function, device)
     row.seconds["triton_graph"] = seconds_a_call(captured(function), device)
     row.seconds["compile"] = seconds_a_call(calling(compiled, inputs, shape), device)
-    if shape.N == 50 and shape.k == 20 and shape.D == 4096 and shape.B <= 64:
-        static = torch.compile(topk_match_reference, mode="max-autotune", dynamic=False)
-        row.seconds["compile_max"] = seconds_a_call(calling(static, inputs, shape), device)
+
+
+def measure_max_autotune(row: Row, inputs: Inputs) -> None:
+    """Add what torch.compile gives when it may search for long."""
+    inputs.prepare(row.shape)
+    static = torch.compile(topk_match_reference, mode="max-autotune", dynamic=False)
+    row.seconds["compile_max"] = seconds_a_call(calling(static, inputs, row.shape), "cuda")
+
+
+def attempt(shape: Shape, failed: list[dict[str, object]], action: Callable[[], None]) -> bool:
+    """Whether it went well; what went wrong is noted, and the next row gets the memory back."""
+    try:
+        action()
+    except Exception as error:  # out of memory, a compiler's fault, scores that disagree: of this row alone
+        failed.append(asdict(shape) | {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"})
+        print(f"failed: {failed[-1]}", file=sys.stderr, flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return False
+    return True
 
 
 def geomean(values: list[float | None]) -> float | None:
@@ -222,7 +253,9 @@ def geomean(values: list[float | None]) -> float | None:
     return math.exp(sum(known) / len(known)) if known else None
 
 
-def summarise(rows: list[Row], bandwidth: float, rate: float, left_out: list[Shape]) -> dict[str, object]:
+def summarise(
+    rows: list[Row], bandwidth: float, rate: float, left_out: list[Shape], failed: list[dict[str, object]]
+) -> dict[str, object]:
     lines = [row.as_json() for row in rows]
     small = [x for row, x in zip(rows, lines, strict=True) if row.limit_seconds < LAUNCH_BOUND_SECONDS]
     large = [x["limit_share"] for row, x in zip(rows, lines, strict=True) if row.bytes > LARGE_BYTES]
@@ -233,6 +266,7 @@ def summarise(rows: list[Row], bandwidth: float, rate: float, left_out: list[Sha
         "limit_share_large_min": min(large, default=None),
         "rows_slower_than_compile": sum((x["speedup_compile"] or 1) < 1 for x in lines),
         "launch_bound_rows": len(small), "large_rows": len(large), "left_out": [asdict(s) for s in left_out],
+        "failed": failed,
         "bandwidth_bytes_a_second": bandwidth, "fp32_operations_a_second": rate,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -245,7 +279,7 @@ def table_line(row: Row) -> str:
     return f"{shape:32} {row.launches} launches  {row.bytes / 1e6:10.2f} MB  limit {row.share or 0:6.1%}  {times}"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -257,26 +291,32 @@ def main() -> None:
         parser.error("no GPU here; --device cpu --quick times the reference alone")
     if not args.quick and args.device == "cpu":
         parser.error("the whole table is for a GPU; add --quick")
-    deadline = time.monotonic() + args.budget
+    start = time.monotonic()
     dtype = getattr(torch, args.dtype)
     torch._dynamo.config.recompile_limit = 64
     compiled = torch.compile(topk_match_reference, dynamic=True)
     bandwidth, rate = device_limits(args.device, args.quick)
     inputs = Inputs(args.device, dtype)
-    rows, left_out = [], []
+    rows: list[Row] = []
+    left_out: list[Shape] = []
+    failed: list[dict[str, object]] = []
     for shape in shapes(args.quick):
-        if time.monotonic() > deadline:
+        if time.monotonic() - start > TABLE_SHARE * args.budget:
             left_out.append(shape)
             continue
         moved, operations = count(shape, dtype.itemsize)
         launches = forward_plan(shape.B, shape.N, shape.D, shape.k).launches + BACKWARD_LAUNCHES * shape.backward
         row = Row(shape, launches, moved, operations, max(moved / bandwidth, operations / rate))
-        measure(row, inputs, compiled, args.device)
-        rows.append(row)
-        print(table_line(row), file=sys.stderr if args.json else sys.stdout, flush=True)
-    summary = summarise(rows, bandwidth, rate, left_out)
+        if attempt(shape, failed, lambda row=row: measure(row, inputs, compiled, args.device)):
+            rows.append(row)
+            print(table_line(row), file=sys.stderr if args.json else sys.stdout, flush=True)
+    for row in (row for row in rows if args.device == "cuda" and is_paper_s(row.shape)):
+        if time.monotonic() - start < args.budget:
+            attempt(row.shape, failed, lambda row=row: measure_max_autotune(row, inputs))
+    summary = summarise(rows, bandwidth, rate, left_out, failed)
     print(json.dumps({"rows": [row.as_json() for row in rows], "summary": summary} if args.json else summary, indent=1))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

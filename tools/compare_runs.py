@@ -2,10 +2,12 @@
 
     python tools/compare_runs.py runs/a runs/b
     python tools/compare_runs.py runs/a/predictions.dev.jsonl runs/b/predictions.dev.jsonl --json
+    python tools/compare_runs.py runs/a runs/whisper-tiny.en --tasks asr
 
 A and B are folders with predictions.jsonl, or such files. For every metric: both values, the difference
 B − A with its 95 % interval, and p: how often resampling alone makes a difference as large (two-sided, 1,000
-resamples of the same clips for both). Refuses runs over other samples, splits or references.
+resamples of the same clips for both). Refuses runs over other samples, splits or references; with --tasks
+only these tasks are looked at, so that one run may have more than the other.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", type=Path, help="run folder or predictions file")
     parser.add_argument("b", type=Path)
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="compare these alone (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
     try:
-        found = compare_runs(options.a, options.b)
+        found = compare_runs(options.a, options.b, options.tasks)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -38,14 +41,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compare_runs(a: Path, b: Path) -> dict[str, dict[str, Any]]:
+def compare_runs(a: Path, b: Path, tasks: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """Task → metric → both values, interval and p.
+
+    Args:
+        tasks: those to compare; default: all.
 
     Raises:
         ValueError: the two runs are not over the same samples; the message says how they differ.
     """
-    check_same_split(a, b)
-    first, second = ({(row.task, row.id): row for row in read_predictions(file_of(path))} for path in (a, b))
+    check_same_split(a, b, some=bool(tasks))
+    first, second = ({(row.task, row.id): row for row in read_predictions(file_of(path))
+                      if not tasks or row.task in tasks} for path in (a, b))
+    for task in tasks:
+        if task not in {name for name, _ in first}:
+            raise ValueError(f"{a}: no prediction of task {task!r}")
     check_same_samples(a, b, first, second)
     found: dict[str, dict[str, Any]] = {}
     for task in dict.fromkeys(task for task, _ in first):
@@ -62,17 +72,22 @@ def file_of(path: Path) -> Path:
     return path / "predictions.jsonl" if path.is_dir() else path
 
 
-def check_same_split(a: Path, b: Path) -> None:
-    """Compare what results.json pins of the data, where it is there."""
+def check_same_split(a: Path, b: Path, some: bool) -> None:
+    """Compare what results.json pins of the data, where it is there.
+
+    Args:
+        some: one run may have been scored on more sets than the other.
+    """
     pinned = []
     for path in map(file_of, (a, b)):
         results = path.with_name(path.name.replace("predictions", "results", 1)).with_suffix(".json")
         tree = json.loads(results.read_text()) if results.is_file() else {}
-        pinned.append((tree.get("split"), sorted(tree.get("data_fingerprints", {}).values())))
+        pinned.append((tree.get("split"), set(tree.get("data_fingerprints", {}).values())))
     (split_a, data_a), (split_b, data_b) = pinned
     if split_a and split_b and split_a != split_b:
         raise ValueError(f"{a} is of split {split_a!r}, {b} of {split_b!r}; evaluate both on one split")
-    if data_a and data_b and data_a != data_b:
+    alike = data_a <= data_b or data_b <= data_a if some else data_a == data_b
+    if data_a and data_b and not alike:
         raise ValueError(f"{a} and {b} are of sets whose bytes differ (data_fingerprints); evaluate both on the same")
 
 
@@ -83,7 +98,7 @@ def check_same_samples(a: Path, b: Path, first: dict[tuple[str, str], Prediction
         if missing:
             task, name = missing[0]
             raise ValueError(f"{len(missing)} samples of {path} are not in {other}, the first {name!r} ({task}); "
-                             "evaluate both on the same split and limit")
+                             "evaluate both on the same split and limit, or compare some --tasks alone")
     for key, row in first.items():
         if row.answers != second[key].answers:
             raise ValueError(f"sample {row.id!r}: the references differ between {a} and {b}; evaluate both on the "

@@ -107,7 +107,7 @@ def run_job(job: Job, ks: Sequence[int], ranks: int) -> None:
         results = Variant(job.file.stem, job.file, k).results(job.folder)
         if k <= job.config().pool.prompts and not is_done(job, results):
             launch("evaluate.py", ["--config", str(job.folder / "config.yaml"), "--out", str(results.parent),
-                                   f"pool.top_k={k}"], ranks)
+                                   f"pool.top_k={k}", "eval.report=false"], ranks)
 
 
 # --- the table --------------------------------------------------------------------------------------

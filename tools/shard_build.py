@@ -9,12 +9,12 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,16 +34,14 @@ from listen_dist.data.shards import (
 )
 from listen_dist.structures import ENCODER_RATE, SAMPLE_RATE, AudioSample, Record, SkippedSample
 
-if TYPE_CHECKING:
-    from listen_dist.data.features import LogMel
-    from listen_dist.models.encoders import SpeechEncoder
-
 PROGRESS_FOLDER = ".build"
 """In the output folder: what each finished shard was built from; makes a run resumable."""
 _ASSUMED_SECONDS = 10.0
 """For planning only: a clip whose length neither the manifest nor its header tells."""
 # On a log file instead of a terminal: a line in half a minute.
 _QUIET: dict[str, Any] = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
+_Input = Callable[[np.ndarray], torch.Tensor]
+"""From a waveform [S] to what an encoder reads."""
 _MEASURED = 32
 """Samples written to learn how many bytes a second of audio takes."""
 
@@ -60,6 +58,8 @@ class BuildOptions:
     dtype: str
     shard_bytes: int = 0
     """Size of a shard, about."""
+    audio_encoder: str | None = None
+    """Checkpoint of BEATs whose frames are stored too."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def build(
         ManifestError: a manifest is wrong, or two of one set hold the same id.
         ShardError: a folder holds shards of other input, or not one sample of a set could be used.
     """
-    features = _feature_info(options)
+    features = _feature_infos(options)
     jobs = {out: plan_jobs(_read_all(manifests), out, options, features) for out, manifests in sets.items()}
     with contextlib.ExitStack() as locks:
         for out, group in jobs.items():
@@ -117,7 +117,7 @@ def _only_writer(out: Path) -> Iterator[None]:
         raise ShardError(f"{out}: another process is writing shards here; wait for it, or end it") from None
 
 
-def _finish_set(out: Path, done: list[Done], features: FeatureInfo | None) -> ShardIndex:
+def _finish_set(out: Path, done: list[Done], features: list[FeatureInfo]) -> ShardIndex:
     shards = [item.shard for item in done if item.shard]
     skipped = [sample for item in done for sample in item.skipped]
     with atomic_file(out / "skipped.jsonl") as file:
@@ -126,14 +126,14 @@ def _finish_set(out: Path, done: list[Done], features: FeatureInfo | None) -> Sh
         raise ShardError(
             f"{out}: not one of {len(skipped)} samples could be used; see {out / 'skipped.jsonl'}"
         )
-    write_index(out, shards, len(skipped), features)
+    write_index(out, shards, len(skipped), *(features or [None]))
     index = ShardIndex.load(out)
     _print_summary(index, sum(item.kept for item in done), skipped, out)
     return index
 
 
 def plan_jobs(
-    records: list[Record], out: Path, options: BuildOptions, features: FeatureInfo | None
+    records: list[Record], out: Path, options: BuildOptions, features: list[FeatureInfo]
 ) -> list[Job]:
     """Cut the records, in the order of md5(id), into shards of about `shard_seconds` or `shard_bytes`."""
     ordered = sorted(records, key=lambda r: hashlib.md5(r.id.encode(), usedforsecurity=False).digest())
@@ -202,11 +202,13 @@ def _read_all(manifests: Iterable[Path]) -> list[Record]:
     return records
 
 
-def _plan_hash(records: list[Record], options: BuildOptions, features: FeatureInfo | None) -> str:
+def _plan_hash(records: list[Record], options: BuildOptions, features: list[FeatureInfo]) -> str:
     """Hash what decides a shard's bytes; audio files stand for themselves by size and time of change."""
     files = [_file_state(path) for record in records for path in record.audio]
     rows = [record_to_dict(record) for record in records]
-    encoder = asdict(features) if features else None
+    encoders = [asdict(info) for info in features]
+    # One encoder stands alone, as when there was no second: shards of then need not be built again.
+    encoder = encoders[0] if len(encoders) == 1 else encoders or None
     plan = [FORMAT_VERSION, rows, files, options.max_seconds, encoder, options.dtype if features else None]
     return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
 
@@ -311,7 +313,7 @@ def _usable_samples(job: Job, skipped: list[SkippedSample]) -> Iterator[AudioSam
         except (AudioError, OSError) as error:
             skipped.append(SkippedSample(record.id, job.name, str(error)))
             continue
-        yield AudioSample(record, waveform, _features(waveform, job.options))
+        yield AudioSample(record, waveform, *_features(waveform, job.options))
 
 
 def _decode(record: Record, max_seconds: float) -> np.ndarray:
@@ -323,29 +325,29 @@ def _decode(record: Record, max_seconds: float) -> np.ndarray:
     return waveform
 
 
-def _features(waveform: np.ndarray, options: BuildOptions) -> np.ndarray | None:
-    """Return the encoder's float16 [F, E] on the clip's true length, or None where none are wanted."""
-    if options.speech_encoder is None:
-        return None
-    encoder, log_mel = _encoder(options.speech_encoder, options.dtype)
-    frames = encoder.encode([log_mel(waveform)])[0]
-    return frames.float().cpu().numpy().astype(np.float16)
+def _features(waveform: np.ndarray, options: BuildOptions) -> list[np.ndarray]:
+    """Return the encoders' float16 [F, E] on the clip's true length, that of speech first; maybe none."""
+    return [encoder.encode([prepare(waveform)])[0].float().cpu().numpy().astype(np.float16)
+            for encoder, prepare in _encoders(options.speech_encoder, options.audio_encoder, options.dtype)]
 
 
-def _feature_info(options: BuildOptions) -> FeatureInfo | None:
-    if options.speech_encoder is None:
-        return None
-    encoder, _ = _encoder(options.speech_encoder, options.dtype)
-    return FeatureInfo(encoder.fingerprint, encoder.width, ENCODER_RATE)
+def _feature_infos(options: BuildOptions) -> list[FeatureInfo]:
+    return [FeatureInfo(encoder.fingerprint, encoder.width, ENCODER_RATE)
+            for encoder, _ in _encoders(options.speech_encoder, options.audio_encoder, options.dtype)]
 
 
 @lru_cache(maxsize=1)
-def _encoder(path: str, dtype: str) -> tuple[SpeechEncoder, LogMel]:
-    """Load the encoder once a process; imported late because transformers takes seconds."""
-    from listen_dist.data.features import LogMel
+def _encoders(speech: str | None, audio: str | None, dtype: str) -> list[tuple[Any, _Input]]:
+    """Load the encoders once a process, each with what makes its input; imported late: transformers takes seconds."""
+    if speech is None:
+        return []
+    from listen_dist.data.features import Fbank, LogMel
+    from listen_dist.models.beats import load_audio_encoder
     from listen_dist.models.encoders import load_speech_encoder
 
-    return load_speech_encoder(path, getattr(torch, dtype)), LogMel.from_pretrained(path)
+    of_type = getattr(torch, dtype)
+    found: list[tuple[Any, _Input]] = [(load_speech_encoder(speech, of_type), LogMel.from_pretrained(speech))]
+    return [*found, (load_audio_encoder(audio, of_type), Fbank())] if audio else found
 
 
 def _print_summary(index: ShardIndex, kept: int, skipped: list[SkippedSample], out: Path) -> None:

@@ -5,6 +5,7 @@
     python tools/shard_dataset.py assets/manifests/*.train.jsonl assets/shards/train     # one mixed set
     python tools/shard_dataset.py assets/manifests/*.jsonl assets/shards --separate      # asr/train/, asr/dev/ …
     python tools/shard_dataset.py M.jsonl OUT --features speech --speech-encoder assets/models/whisper-tiny.en
+    python tools/shard_dataset.py M.jsonl OUT --features speech,audio --speech-encoder DIR --audio-encoder BEATs.pt
     python tools/shard_dataset.py OUT --verify          # check the hashes and decode every sample
     python tools/shard_dataset.py OUT --stats           # hours, tasks, languages, lengths
     python tools/shard_dataset.py OUT --plot set.png    # the same as a picture
@@ -40,6 +41,7 @@ def main() -> None:
                 speech_encoder=options.speech_encoder if options.features else None,
                 dtype=options.dtype,
                 shard_bytes=int(options.shard_mb * 1e6),
+                audio_encoder=options.audio_encoder,
             )
             indexes = build(_sets(options), settings, options.workers, options.overwrite)
         else:
@@ -87,11 +89,12 @@ def _parse() -> argparse.Namespace:
         "--workers", type=int, default=2, help="processes, a shard each at a time (default 2)"
     )
     parser.add_argument(
-        "--features", choices=["speech"], help="also store the frozen speech encoder's frames"
+        "--features", choices=["speech", "speech,audio"], help="also store the frozen encoders' frames"
     )
     parser.add_argument(
-        "--speech-encoder", metavar="DIR", help="Whisper folder or name, with --features speech"
+        "--speech-encoder", metavar="DIR", help="Whisper folder or name, with --features"
     )
+    parser.add_argument("--audio-encoder", metavar="FILE", help="BEATs checkpoint, with --features speech,audio")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="in which the encoder computes"
     )
@@ -101,7 +104,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw lengths and hours by task (png, pdf, svg)")
     options = parser.parse_args()
     if bool(options.features) != bool(options.speech_encoder):
-        parser.error("--features speech and --speech-encoder DIR go together")
+        parser.error("--features and --speech-encoder DIR go together")
+    if (options.features == "speech,audio") != bool(options.audio_encoder):
+        parser.error("--features speech,audio and --audio-encoder FILE go together")
     if not options.manifests and not (options.verify or options.stats or options.plot):
         parser.error("give a manifest and a folder, or one folder with --verify, --stats or --plot")
     if options.manifests and "://" in options.out:

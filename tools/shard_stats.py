@@ -50,10 +50,11 @@ def _compare(sample: AudioSample, seconds: float, task: str, where: str) -> None
 def print_stats(index: ShardIndex) -> None:
     """Print hours, tasks, languages and a histogram of lengths."""
     seconds, tasks = _columns(index)
-    features = index.features
+    stored = [f"{kind}, {info.width} wide, {info.rate} a second"
+              for kind, info in (("speech", index.features), ("audio", index.audio_features)) if info]
     print(f"{index.folder}: {index.samples} samples, {seconds.sum() / 3600:.2f} h, {index.skipped} skipped")
     print(f"shards: {len(index.shards)}, {sum(shard.bytes for shard in index.shards) / 1e6:.1f} MB")
-    print(f"features: {f'speech, {features.width} wide, {features.rate} a second' if features else 'none'}")
+    print(f"features: {'; '.join(stored) or 'none'}")
     print(f"{'task':<22}{'samples':>9}{'hours':>9}{'mean s':>9}")
     for task in sorted(index.tasks):
         chosen = seconds[tasks == task]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import soundfile
@@ -16,12 +18,15 @@ import torch
 import torchaudio.functional
 
 from listen_dist.data.decode import decode_audio
+from listen_dist.data.shards import INDEX_NAME, ShardIndex
 from listen_dist.dist import derived_seed
-from listen_dist.schema import AugmentConfig, ConfigError
+from listen_dist.schema import AugmentConfig, ConfigError, DataConfig
 from listen_dist.structures import SAMPLE_RATE
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".oga", ".mp3")
 MAX_IMPULSE_SECONDS = 10.0
+MAX_NOISE_SECONDS = 600.0
+"""Of a noise in a shard, which is decoded whole; of a file only a stretch is read."""
 MASKED_SHARE = 0.2
 """Most of a clip that one time mask covers."""
 
@@ -33,17 +38,20 @@ class Augmenter:
         config: what to do.
         seed: of the run.
         max_seconds: no clip is slowed down beyond this length.
+        source: how shards of sounds are read from elsewhere.
 
     Raises:
         ConfigError: a folder of noise or impulse responses is missing or holds no audio file.
+        ShardError, SourceError: as `ShardIndex.load`, where they come in shards.
     """
 
-    def __init__(self, config: AugmentConfig, seed: int, max_seconds: float) -> None:
+    def __init__(self, config: AugmentConfig, seed: int, max_seconds: float,
+                 source: DataConfig = DataConfig()) -> None:  # noqa: B008
         self._config = config
         self._seed = seed
         self._max_samples = int(max_seconds * SAMPLE_RATE)
-        self._noises = _audio_files("data.augment.noise", config.noise)
-        self._rooms = _audio_files("data.augment.reverb", config.reverb)
+        self._noises = open_sounds("data.augment.noise", config.noise, source)
+        self._rooms = open_sounds("data.augment.reverb", config.reverb, source)
 
     def generator(self, name: str, epoch: int) -> np.random.Generator:
         """The source of all that sample `name` gets in its `epoch`."""
@@ -55,9 +63,9 @@ class Augmenter:
         if config.speed:
             wave = self._change_speed(wave, random)
         if self._rooms and random.random() < config.reverb_share:
-            wave = reverberate(wave, decode_audio(random.choice(self._rooms), MAX_IMPULSE_SECONDS))
+            wave = reverberate(wave, self._rooms.whole(random, MAX_IMPULSE_SECONDS))
         if self._noises:
-            noise = read_stretch(random.choice(self._noises), len(wave), random)
+            noise = self._noises.stretch(len(wave), random)
             lowest, highest = config.noise_snr_db
             wave = add_noise(wave, noise, random.uniform(lowest, highest))
         if config.gain_db:
@@ -87,6 +95,68 @@ class Augmenter:
         if percent == 100 or len(wave) * 100 > self._max_samples * percent:
             return wave
         return torchaudio.functional.resample(torch.from_numpy(wave), percent, 100).numpy()
+
+
+class Sounds(Protocol):
+    """Sounds to draw from; truth tells whether there are any."""
+
+    def __len__(self) -> int: ...
+
+    def whole(self, random: np.random.Generator, max_seconds: float) -> np.ndarray:
+        """One of them, float32 [S] at 16 kHz."""
+
+    def stretch(self, length: int, random: np.random.Generator) -> np.ndarray:
+        """A random stretch of one, float32 [length] at 16 kHz mono; a shorter sound is repeated."""
+
+
+class SoundFiles(list[str]):
+    """Audio files by their paths."""
+
+    def whole(self, random: np.random.Generator, max_seconds: float) -> np.ndarray:
+        """One of them, float32 [S] at 16 kHz."""
+        return decode_audio(random.choice(self), max_seconds)
+
+    def stretch(self, length: int, random: np.random.Generator) -> np.ndarray:
+        """A random stretch of one, float32 [length]."""
+        return read_stretch(random.choice(self), length, random)
+
+
+class SoundShards:
+    """The samples of a set of shards; their texts don't matter."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self._index = index
+        self._ends = np.cumsum(index.counts)
+
+    def __len__(self) -> int:
+        return self._index.samples
+
+    def whole(self, random: np.random.Generator, max_seconds: float) -> np.ndarray:
+        """One of them, float32 [S] at 16 kHz."""
+        number = int(random.integers(len(self)))
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        row = number - int(self._ends[shard] - self._index.counts[shard])
+        wave = self._index.read_sample(shard, row, "audio", max_seconds).waveform
+        assert wave is not None
+        return wave
+
+    def stretch(self, length: int, random: np.random.Generator) -> np.ndarray:
+        """A random stretch of one, float32 [length]."""
+        wave = self.whole(random, MAX_NOISE_SECONDS)
+        start = int(random.integers(0, max(len(wave) - length, 0) + 1))
+        return np.resize(wave[start : start + length], length)
+
+
+def open_sounds(key: str, address: str, source: DataConfig) -> Sounds:
+    """The sounds of a folder of audio files or of a set of shards; none without an address.
+
+    Raises:
+        ConfigError: the folder holds neither.
+        ShardError, SourceError: as `ShardIndex.load`.
+    """
+    if address and (re.search(r"://|\{", address) or Path(address, INDEX_NAME).is_file()):
+        return SoundShards(ShardIndex.load(address, source))
+    return SoundFiles(_audio_files(key, address))
 
 
 def add_noise(wave: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
@@ -135,7 +205,8 @@ def _audio_files(key: str, folder: str) -> list[str]:
     files = sorted(str(Path(root, name)) for root, _, names in os.walk(folder) for name in names
                    if name.lower().endswith(AUDIO_SUFFIXES))
     if not files:
-        raise ConfigError(f"{key} = {folder!r}: holds no audio file ({', '.join(AUDIO_SUFFIXES)})")
+        raise ConfigError(f"{key} = {folder!r}: holds no audio file ({', '.join(AUDIO_SUFFIXES)}) and no {INDEX_NAME} "
+                          "of shards")
     for file in files:
         try:
             empty = soundfile.info(file).frames < 1

@@ -3,11 +3,11 @@
 Stages, in the order a sample passes them:
 
 1. plan      schedule.py deals out sample references; every rank makes the same plan
-2. read      one read of the tar's byte range (shards.py)
-3. decode    FLAC to a waveform (decode.py), or the stored encoder frames as they are
-4. augment   in training, if asked for: the waveform, and after stage 5 the log-mel (augment.py)
-5. features  log-mel, and a filterbank for an audio encoder, on the true length (features.py)
-6. text      instruction and target to token ids (text.py)
+2. read      one read of the tar's byte range, the record parsed (shards.py)
+3. text      instruction and target to token ids (text.py)
+4. decode    FLAC to a waveform (decode.py), or the stored encoder frames as they are
+5. augment   in training, if asked for: the waveform, and after stage 6 the log-mel (augment.py)
+6. features  log-mel, and a filterbank for an audio encoder, on the true length (features.py)
 7. collate   padding and true lengths (collate.py)
 
 Stages 2 to 7 are `BatchReader`, which runs in torch DataLoader workers. A sample that
@@ -16,12 +16,19 @@ fails in them is named in the batch and left out; the run goes on.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import math
+import multiprocessing
+import multiprocessing.process
+import os
 import re
 import signal
+import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Sequence, Set
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,12 +39,15 @@ from listen_dist.data.collate import Prepared, collate
 from listen_dist.data.features import Fbank, LogMel
 from listen_dist.data.mixture import Mixture, SampleRef
 from listen_dist.data.schedule import TokenCost, plan_batches, plan_once
-from listen_dist.data.shard_members import ShardError, Want
+from listen_dist.data.shard_members import PackedSample, ShardError, Want
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.schema import DataConfig
 from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch, LoaderState, Record, SkippedSample
 from listen_dist.tasks import choices_for
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 _DEATH = re.compile(r"DataLoader worker .*(killed|exited)")
 
@@ -59,6 +69,17 @@ class LoaderError(RuntimeError):
                    "data.workers or data.batch_tokens")
 
 
+@dataclass(frozen=True)
+class _Fetched:
+    """A sample between reading and decoding."""
+
+    ref: SampleRef
+    packed: PackedSample
+    after_ids: list[int]
+    target_ids: list[int]
+    choices: tuple[str, ...]
+
+
 class BatchReader(Dataset[Batch]):
     """Stages 2 to 7 for one micro-batch; indexed by a list of sample references.
 
@@ -78,42 +99,67 @@ class BatchReader(Dataset[Batch]):
         self._config = config
         self._with_targets = with_targets
         self._augmenter = augmenter
-        # One kind of input for all sets: a batch may mix them. Shards store the speech encoder's frames alone.
-        self.is_features = config.stored_features and fbank is None and all(index.features for index in indexes)
+        # One kind of input for all sets: a batch may mix them.
+        self.is_features = config.stored_features and all(
+            index.features and (fbank is None or index.audio_features) for index in indexes)
 
     def __getitem__(self, refs: list[SampleRef]) -> Batch:  # type: ignore[override]
-        samples: list[Prepared] = []
         skipped: list[SkippedSample] = []
-        for ref in refs:
-            index = self.indexes[ref.set]
-            try:
-                samples.append(self._prepare(ref))
-            except ShardError as error:
-                shard = str(index.folder / index.shards[ref.shard].name)
-                name = index.shard_table(ref.shard).ids[ref.row]
-                skipped.append(SkippedSample(name, shard, str(error)))
-        return collate(samples, self.is_features, skipped)
+        # Stage by stage, not sample by sample: a stage's code and tables then stay in the processor's caches.
+        fetched = self._each(refs, self._fetch, skipped)
+        return collate(self._each(fetched, self._prepare, skipped), self.is_features, skipped)
 
-    def _prepare(self, ref: SampleRef) -> Prepared:
-        index, config = self.indexes[ref.set], self._config
-        want: Want = "features" if self.is_features else "audio"
-        sample: AudioSample = index.read_sample(ref.shard, ref.row, want, config.max_seconds)
-        target = self._text.target_ids(sample.record.answers[0]) if self._with_targets else []
+    def _each(self, items: Sequence[T], stage: Callable[[T], U], skipped: list[SkippedSample]) -> list[U]:
+        """Take samples through a stage; those that can't be used are named and left out."""
+        done = []
+        for item in items:
+            try:
+                done.append(stage(item))
+            except ShardError as error:
+                ref = item.ref if isinstance(item, _Fetched) else item
+                assert isinstance(ref, SampleRef)
+                index = self.indexes[ref.set]
+                name = index.shard_table(ref.shard).ids[ref.row]
+                skipped.append(SkippedSample(name, str(index.folder / index.shards[ref.shard].name), str(error)))
+        return done
+
+    def _fetch(self, ref: SampleRef) -> _Fetched:
+        """Stages 2 and 3."""
+        packed = self.indexes[ref.set].fetch_sample(ref.shard, ref.row)
+        record, config = packed.record, self._config
+        target = self._text.target_ids(record.answers[0]) if self._with_targets else []
         if len(target) > config.max_target_tokens:
             raise ShardError(f"target of {len(target)} tokens is above data.max_target_tokens = "
                              f"{config.max_target_tokens}")
+        choices = () if self._with_targets else self._choices(record)
+        return _Fetched(ref, packed, self._text.after_ids(record), target, choices)
+
+    def _prepare(self, fetched: _Fetched) -> Prepared:
+        """Stages 4 to 6."""
+        ref, config = fetched.ref, self._config
+        index = self.indexes[ref.set]
+        want: Want = "features" if self.is_features else "audio"
+        sample = index.decode_sample(ref.shard, ref.row, fetched.packed, want, config.max_seconds)
         fbank = None
         if sample.features is not None:
             seconds = float(index.shard_table(ref.shard).seconds[ref.row])
             if seconds > config.max_seconds:  # decoding refuses a long clip, stored features know no length
                 raise ShardError(f"clip of {seconds:.1f} s is above data.max_seconds = {config.max_seconds}")
-            audio = torch.from_numpy(sample.features.copy())
+            audio = torch.from_numpy(self._stored(sample))
         else:
             assert sample.waveform is not None
             audio, fbank, seconds = self._features(sample.waveform, sample.record.id, ref.epoch)
-        choices = () if self._with_targets else self._choices(sample.record)
-        return Prepared(sample.record, audio, self._text.after_ids(sample.record), target, seconds, choices,
-                        tuple(self._text.target_ids(choice) for choice in choices), fbank)
+        return Prepared(sample.record, audio, fetched.after_ids, fetched.target_ids, seconds, fetched.choices,
+                        tuple(self._text.target_ids(choice) for choice in fetched.choices), fbank)
+
+    def _stored(self, sample: AudioSample) -> np.ndarray:
+        """Stored frames float16 [F, E]; with an audio encoder its own beside them, as `models.encoders.join_frames`."""
+        assert sample.features is not None
+        if self._fbank is None:
+            return sample.features.copy()
+        assert sample.audio_features is not None
+        frames, sounds = len(sample.features), sample.audio_features[: len(sample.features)]
+        return np.concatenate([sample.features, np.pad(sounds, ((0, frames - len(sounds)), (0, 0)))], axis=1)
 
     def _choices(self, record: Record) -> tuple[str, ...]:
         try:
@@ -209,28 +255,52 @@ def find_filler(reader: BatchReader) -> Batch:
     raise ShardError(f"none of the first samples of {reader.indexes[0].folder} can be used, the last because: {reason}")
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """Launchers and Ctrl-C signal the workers too, while the trainer still needs them to finish its step."""
+def set_up_worker(worker: int) -> None:
+    """In each loader process: leave signals to the trainer, and end with it."""
+    # Launchers and Ctrl-C signal the workers too, while the trainer still needs them to finish its step.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # torch looks for the trainer too, but takes whoever is its parent at this moment for it: a worker whose trainer was
+    # killed while it started would never end.
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(trainer: multiprocessing.process.BaseProcess | None) -> None:
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
 
 
 def _batches(reader: BatchReader, sampler: object, workers: int, pin_memory: bool = False) -> Iterator[Batch]:
     """The batches that `sampler` names, in its order; closing the iterator ends the workers."""
     loader: DataLoader[Batch] = DataLoader(
         reader, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=pin_memory,  # type: ignore[arg-type]
-        prefetch_factor=4 if workers else None, worker_init_fn=leave_signals_to_the_trainer,
+        prefetch_factor=4 if workers else None, worker_init_fn=set_up_worker,
         # Forked children of a process that runs gloo or CUDA threads can hang.
         multiprocessing_context="spawn" if workers else None)
+    others = multiprocessing.active_children()
+    iterator = iter(loader)
+    started = [child for child in multiprocessing.active_children() if child not in others]
+    if started:
+        atexit.register(_kill, started)
     try:
-        yield from loader
+        yield from iterator
     except Exception as error:
-        if isinstance(error, RuntimeError) and (died := LoaderError.of(error)):
-            raise died from error
         if not workers:
             raise
         # Its frames in this process would keep the other workers alive.
-        raise _message_first(error.with_traceback(None)) from None
+        error.with_traceback(None)
+        died = LoaderError.of(error) if isinstance(error, RuntimeError) else None
+        raise died or _message_first(error) from None
+    finally:
+        del iterator  # ends the workers
+
+
+def _kill(workers: list[multiprocessing.process.BaseProcess]) -> None:
+    """At the program's end. Python would send what is left SIGTERM, which they ignore, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
+    for worker in workers:
+        worker.kill()
 
 
 def _message_first(error: Exception) -> Exception:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,7 +41,7 @@ class SetOrder:
     Args:
         index: the set.
         seed: of the order.
-        limits: its `max_seconds` and `max_samples` leave samples out.
+        limits: its `max_seconds`, `max_samples` and `task` leave samples out.
 
     Raises:
         ShardError: the limits leave nothing.
@@ -50,8 +51,9 @@ class SetOrder:
         self.index = index
         self._seed = seed
         self._max_seconds = limits.max_seconds if limits else 0.0
+        self._task = limits.task if limits else ""
         self._counts = index.counts
-        if self._max_seconds:  # only the sidecars know how many are left, so all of them are read, once
+        if self._max_seconds or self._task:  # only the sidecars know how many are left, so all of them are read, once
             self._counts = np.array([len(self._rows(shard)) for shard in range(len(index.counts))])
         if limits and limits.max_samples:
             before = np.cumsum(self._counts) - self._counts
@@ -59,6 +61,9 @@ class SetOrder:
         self.samples = int(self._counts.sum())
         """Samples of one epoch."""
         if not self.samples:
+            if self._task not in ("", *index.tasks):
+                raise ShardError(f"{index.folder}: holds no sample of task = {self._task!r}, only of "
+                                 f"{', '.join(index.tasks)}")
             raise ShardError(f"{index.folder}: no clip is as short as max_seconds = {self._max_seconds:g}; raise it")
         self._epoch = lru_cache(maxsize=2)(self._shard_order)
         self._group = lru_cache(maxsize=2)(self._group_order)
@@ -87,10 +92,12 @@ class SetOrder:
         return shard_of[order], row_of[order]
 
     def _rows(self, shard: int) -> np.ndarray:
-        """The rows of a shard that are short enough."""
-        if not self._max_seconds:
+        """The rows of a shard that are short enough and of the right task."""
+        if not (self._max_seconds or self._task):
             return np.arange(self.index.counts[shard])
-        return np.flatnonzero(self.index.shard_table(shard).seconds <= self._max_seconds)
+        table = self.index.shard_table(shard)
+        left = table.seconds <= (self._max_seconds or math.inf)
+        return np.flatnonzero(left & (table.tasks == self._task) if self._task else left)
 
 
 class Mixture:

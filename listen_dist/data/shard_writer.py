@@ -16,7 +16,6 @@ import soundfile
 import webdataset
 
 from listen_dist.data.manifest import atomic_file, file_sha256, record_to_dict
-from listen_dist.data.shard_members import FEATURE_SUFFIX
 from listen_dist.data.shards import FORMAT_VERSION, INDEX_NAME, FeatureInfo, ShardEntry
 from listen_dist.structures import SAMPLE_RATE, AudioSample
 from listen_dist.tasks import instruction_for
@@ -75,9 +74,11 @@ def write_shard(path: Path, samples: Iterable[AudioSample]) -> WrittenShard | No
 
 
 def write_index(
-    folder: Path, shards: Sequence[WrittenShard], skipped: int, features: FeatureInfo | None
+    folder: Path, shards: Sequence[WrittenShard], skipped: int, features: FeatureInfo | None,
+    audio_features: FeatureInfo | None = None,
 ) -> None:
     """Write `index.json` over finished shards; call it last, since its presence says that all is there."""
+    stored = {kind: asdict(info) for kind, info in (("speech", features), ("audio", audio_features)) if info}
     tasks: Counter[str] = sum((Counter(shard.entry.tasks) for shard in shards), Counter())
     languages: Counter[str] = sum((Counter(shard.languages) for shard in shards), Counter())
     index = {
@@ -88,7 +89,7 @@ def write_index(
         "tasks": dict(sorted(tasks.items())),
         "languages": dict(sorted(languages.items())),
         "skipped": skipped,
-        "features": {"speech": asdict(features)} if features else None,
+        "features": stored or None,
     }
     with atomic_file(folder / INDEX_NAME) as file:
         file.write(json.dumps(index, ensure_ascii=False, indent=1).encode() + b"\n")
@@ -118,8 +119,9 @@ def _members(sample: AudioSample) -> dict[str, Any]:
         "flac": encode_flac(sample.waveform),
         "json": json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode(),
     }
-    if sample.features is not None:
-        members[FEATURE_SUFFIX] = encode_features(sample.features)
+    for kind, frames in (("speech", sample.features), ("audio", sample.audio_features)):
+        if frames is not None:
+            members[f"{kind}.npy"] = encode_features(frames)
     return members
 
 

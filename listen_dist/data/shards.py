@@ -3,7 +3,7 @@
 A folder of shards (written by `shard_writer.py`) holds
 
     index.json                  what there is: a list of shards with counts, bytes, seconds, hashes
-    shard-000000.tar            plain WebDataset: <id>.flac, <id>.json, perhaps <id>.speech.npy
+    shard-000000.tar            plain WebDataset: <id>.flac, <id>.json, perhaps <id>.speech.npy, <id>.audio.npy
     shard-000000.samples.json   columns, one row a sample: id, byte range in the tar, seconds, task, text length
 
 so that any sample is one seek and one read, and the order of samples can be planned without opening a tar.
@@ -28,9 +28,9 @@ import numpy as np
 from listen_dist.config import set_addresses
 from listen_dist.data.decode import AudioError
 from listen_dist.data.manifest import ManifestError, check_id
-from listen_dist.data.remote import MissingFile
+from listen_dist.data.remote import MissingFile, PinnedFile
 from listen_dist.data.shard_entries import ShardEntries, ShardEntry
-from listen_dist.data.shard_members import ShardError, Want, parse_sample
+from listen_dist.data.shard_members import PackedSample, ShardError, Want, decode_sample, unpack_sample
 from listen_dist.data.sources import Folder, JoinedFolder, locate, open_folder
 from listen_dist.schema import DataConfig
 from listen_dist.structures import AudioSample
@@ -89,6 +89,9 @@ class ShardIndex:
     languages: dict[str, int]
     skipped: int
     features: FeatureInfo | None
+    """Of the speech encoder; None: nothing is stored."""
+    audio_features: FeatureInfo | None = None
+    """Of the audio encoder, where its frames are stored beside the speech encoder's."""
 
     @staticmethod
     def load(path: str | os.PathLike[str], data: DataConfig = DataConfig()) -> ShardIndex:  # noqa: B008
@@ -140,15 +143,43 @@ class ShardIndex:
             ShardError: anything about the sample or its shard is wrong.
             SourceError: the source fails.
         """
+        return self.decode_sample(shard, row, self.fetch_sample(shard, row), want, max_seconds)
+
+    def fetch_sample(self, shard: int, row: int) -> PackedSample:
+        """Read one sample and parse its record; its audio stays encoded.
+
+        Raises:
+            ShardError, SourceError: as `read_sample`.
+        """
         entry = self.shards[shard]
         table = self._table(entry)
         folder, name = locate(self.folder, entry.name)
         try:
-            block = folder.read_range(replace(entry.tar, name=name), int(table.offset[row]), int(table.bytes[row]))
-            width = self.features.width if self.features else None
-            return parse_sample(block, table.ids[row], want, max_seconds, width)
-        except (ShardError, ManifestError, AudioError) as error:
-            raise ShardError(f"{folder / name}: sample {table.ids[row]!r}: {error}") from None
+            block = folder.read_range(PinnedFile(name, entry.bytes, entry.sha256), int(table.offset[row]),
+                                      int(table.bytes[row]))
+            return unpack_sample(block, table.ids[row])
+        except (ShardError, ManifestError) as error:
+            raise self._named(error, shard, row) from None
+
+    def decode_sample(self, shard: int, row: int, packed: PackedSample, want: Want, max_seconds: float) -> AudioSample:
+        """Decode what `fetch_sample` gave.
+
+        Raises:
+            ShardError: the audio or the features are not as they should be.
+        """
+        try:
+            return decode_sample(packed, want, max_seconds, self._feature_widths)
+        except (ShardError, AudioError) as error:
+            raise self._named(error, shard, row) from None
+
+    @property
+    def _feature_widths(self) -> dict[str, int]:
+        kinds = {"speech": self.features, "audio": self.audio_features}
+        return {kind: info.width for kind, info in kinds.items() if info}
+
+    def _named(self, error: Exception, shard: int, row: int) -> ShardError:
+        folder, name = locate(self.folder, self.shards[shard].name)
+        return ShardError(f"{folder / name}: sample {self.shard_table(shard).ids[row]!r}: {error}")
 
     def verify(self) -> None:
         """Compare the hash of every shard and sidecar with the index.
@@ -186,7 +217,7 @@ def _join(address: str, indexes: list[ShardIndex]) -> ShardIndex:
     """Several folders as one set, their shards one after the other."""
     first = indexes[0]
     for index in indexes:
-        if index.features != first.features:
+        if (index.features, index.audio_features) != (first.features, first.audio_features):
             raise ShardError(f"{index.folder}: its stored features are not of the encoder that made those of "
                              f"{first.folder}; write one of them anew, or give each a set of its own")
     return ShardIndex(
@@ -199,6 +230,7 @@ def _join(address: str, indexes: list[ShardIndex]) -> ShardIndex:
         languages=dict(sum((Counter(index.languages) for index in indexes), Counter())),
         skipped=sum(index.skipped for index in indexes),
         features=first.features,
+        audio_features=first.audio_features,
     )
 
 
@@ -221,7 +253,8 @@ def _index_from_json(folder: Folder, data: Any) -> ShardIndex:
         tasks=_counts(data, "tasks", where),
         languages=_counts(data, "languages", where),
         skipped=_get(data, "skipped", int, where),
-        features=_features_from_json(data.get("features"), where),
+        features=_features_from_json(data.get("features"), "speech", where),
+        audio_features=_features_from_json(data.get("features"), "audio", where),
     )
     totals: Counter[str] = Counter()
     for entry in entries:
@@ -250,15 +283,15 @@ def _entry_from_json(data: Any, where: str) -> ShardEntry:
     return entry
 
 
-def _features_from_json(data: Any, where: str) -> FeatureInfo | None:
-    if data is None:
+def _features_from_json(data: Any, kind: str, where: str) -> FeatureInfo | None:
+    if data is None or (kind == "audio" and isinstance(data, dict) and kind not in data):
         return None
-    speech = _get(data, "speech", dict, f"{where}: features")
-    where = f"{where}: features.speech"
+    info = _get(data, kind, dict, f"{where}: features")
+    where = f"{where}: features.{kind}"
     return FeatureInfo(
-        _get(speech, "fingerprint", str, where),
-        _get(speech, "width", int, where),
-        _get(speech, "rate", int, where),
+        _get(info, "fingerprint", str, where),
+        _get(info, "width", int, where),
+        _get(info, "rate", int, where),
     )
 
 

@@ -51,17 +51,21 @@ class Parts:
             if isinstance(self.model.pool, TaskPool):
                 for task in index.tasks:
                     self.model.pool.place(task)
-            features = index.features
-            if self.config.data.stored_features and features and \
-                    features.fingerprint != self.model.encoder.fingerprint:
-                raise ConfigError(f"{index.folder}: its stored features come from another encoder than "
-                                  f"model.speech_encoder = {self.config.model.speech_encoder!r}; write the shards "
-                                  "anew, or set data.stored_features=false")
+            self._check_features(index)
         data = self.config.data
         augment = with_targets and data.augment.active
-        augmenter = Augmenter(data.augment, self.config.train.seed, data.max_seconds) if augment else None
+        augmenter = Augmenter(data.augment, self.config.train.seed, data.max_seconds, data) if augment else None
         fbank = Fbank() if self.config.model.audio_encoder else None
         return BatchReader(indexes, self.log_mel, self.text, data, with_targets, augmenter, fbank)
+
+    def _check_features(self, index: ShardIndex) -> None:
+        model, config = self.model, self.config.model
+        used = [("speech_encoder", config.speech_encoder, model.encoder, index.features),
+                ("audio_encoder", config.audio_encoder, model.audio_encoder, index.audio_features)]
+        for key, path, encoder, stored in used:
+            if self.config.data.stored_features and stored and encoder and stored.fingerprint != encoder.fingerprint:
+                raise ConfigError(f"{index.folder}: its stored features come from another encoder than "
+                                  f"model.{key} = {path!r}; write the shards anew, or set data.stored_features=false")
 
     def mixture(self, reader: BatchReader) -> Mixture:
         """The training sets, mixed as the config says."""

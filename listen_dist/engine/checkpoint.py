@@ -30,6 +30,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from listen_dist.config import differences, load, to_yaml
+from listen_dist.data.manifest import file_sha256
 from listen_dist.schema import Config, ConfigError
 from listen_dist.structures import LoaderState
 
@@ -219,7 +220,7 @@ def read_state(path: Path) -> TrainState:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: damaged ({error}); go on from another checkpoint of the folder") from error
     for name, expected in hashes.items():
-        if not (path / name).is_file() or _sha256(path / name) != expected:
+        if not (path / name).is_file() or file_sha256(path / name) != expected:
             raise CheckpointError(f"{path / name}: missing or damaged (sha256 differs from state.json); "
                                   "go on from another checkpoint of the folder")
     return state
@@ -273,11 +274,6 @@ def _write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -135,14 +135,16 @@ class Meter:
             "token_imbalance": unevenness,
             "waiting_share": sums["waiting"] / max(1e-9, sums["elapsed"]),
             "effective_prompts": effective_number(usage.sum(0)),
-            "unused_prompts": float((usage.sum(0) == 0).mean()),
+            "unused_prompts": unused_share(usage.sum(0)),
             "skipped_samples": float(self.skipped),
             "elapsed_seconds": self.elapsed,
             "skipped_steps": sums["steps_left_out"],
         }
         for task, (loss, tokens) in tasks.items():
             metrics[f"loss_{task}"] = loss / tokens
-            metrics[f"effective_prompts_{task}"] = effective_number(usage[self._tasks.index(task)])
+            of_task = usage[self._tasks.index(task)]
+            metrics[f"effective_prompts_{task}"] = effective_number(of_task)
+            metrics[f"unused_prompts_{task}"] = unused_share(of_task)
         return metrics
 
 
@@ -151,6 +153,11 @@ def effective_number(usage: np.ndarray | Sequence[float]) -> float:
     counts = np.asarray(usage, dtype=float)
     share = counts[counts > 0] / max(1e-300, counts.sum())
     return float(np.exp(-(share * np.log(share)).sum())) if len(share) else 0.0
+
+
+def unused_share(usage: np.ndarray) -> float:
+    """The share of prompts that a usage histogram [N] has at zero."""
+    return float((usage == 0).mean())
 
 
 def imbalance(tokens: torch.Tensor) -> float:

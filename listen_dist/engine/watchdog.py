@@ -31,6 +31,8 @@ from listen_dist import dist
 
 logger = logging.getLogger(__name__)
 
+_NO_PLACE = ("listen_dist/dist.py", "engine/watchdog.py")
+"""Lines of the package that say nothing about where a rank stands."""
 _WAITING = ("/torch/distributed/", "/deepspeed/", "/listen_dist/dist.py")
 """Where the innermost Python frame lies while a rank waits for others."""
 
@@ -58,7 +60,7 @@ def place_of(frame: FrameType | None) -> tuple[str, bool]:
     innermost, ours = frame, None
     while frame is not None and ours is None:
         name = frame.f_code.co_filename
-        if "listen_dist/" in name and not name.endswith("listen_dist/dist.py"):
+        if "listen_dist/" in name and not name.endswith(_NO_PLACE):
             ours = frame
         frame = frame.f_back
     shown = [ours] if ours is innermost or ours is None else [ours, innermost]
@@ -118,7 +120,7 @@ class Watchdog:
         logger.error("lost contact after step %d: %s", self._step, self.diagnosis())
 
     def beat(self, step: int) -> None:
-        """Progress was made; long work between two steps (a decoding pass) calls it too."""
+        """Progress was made: `step` steps are done."""
         self._step, self._beat = step, time.monotonic()
 
     def _connect(self) -> TCPStore:

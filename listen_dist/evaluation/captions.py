@@ -31,6 +31,7 @@ _JARS = {"aac-metrics/stanford_nlp/stanford-corenlp-3.4.1.jar": "tokenizer/stanf
          "aac-metrics/meteor/meteor-1.5.jar": "meteor/meteor-1.5.jar",
          "aac-metrics/meteor/data": "meteor/data"}
 """Where aac-metrics looks, and where it lies in pycocoevalcap."""
+_SPICE = "aac-metrics/spice/spice-1.0.jar"
 
 
 def caption_figures(hypotheses: Sequence[str], references: Sequence[Sequence[str]], java: bool = True,
@@ -93,7 +94,11 @@ def _add_java_figures(figures: dict[str, Figure], left_out: dict[str, str], hypo
 
     attempt("cider_d_ptb", lambda: ratio(cider_d(said, meant)[1]["cider_d"].tolist()))
     attempt("meteor", meteor_figure)
-    attempt("spice", lambda: ratio(spice(said, meant, cache_path=tools)[1]["spice"].tolist()))
+    if (tools / _SPICE).is_file():
+        attempt("spice", lambda: ratio(spice(said, meant, cache_path=tools)[1]["spice"].tolist()))
+    else:
+        left_out["spice"] = ("not computed, because its models are missing; run aac-metrics-download (no Python "
+                             "package holds them)")
     missing = [name for name in ("spice", "cider_d_ptb") if name not in figures]
     if missing:
         left_out["spider"] = f"not computed, because {' and '.join(missing)} could not be computed"

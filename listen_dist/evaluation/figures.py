@@ -46,8 +46,8 @@ def overlap(data: dict[str, Any]) -> bytes:
     tasks = data["tasks"]
     table = np.array(data["jaccard"], dtype=float)
     figure, axes = _figure(8.0, 1.6 + 0.5 * len(tasks))
-    image = axes.imshow(table, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+    image = axes.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(tasks)), [task.replace("_", "\n") for task in tasks])
     axes.set_yticks(range(len(tasks)), tasks)
     for i, j in np.ndindex(*table.shape):
         text = "–" if np.isnan(table[i, j]) else f"{table[i, j]:.2f}"
@@ -57,19 +57,25 @@ def overlap(data: dict[str, Any]) -> bytes:
 
 
 def training(data: dict[str, Any]) -> bytes:
-    """The effective number of prompts over the steps, all clips and each task."""
+    """The effective number of prompts and the share of unused ones over the steps, all clips and each task."""
     curves = data["training"]
-    figure, axes = _figure(8.0, 3.2)
+    figure = Figure(figsize=(8.0, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
     colours = _colours([name for name in curves["effective"] if name != "all"])
-    for name, values in curves["effective"].items():
-        known = [(step, value) for step, value in zip(curves["steps"], values, strict=True) if value is not None]
-        is_all = name == "all"
-        axes.plot(*zip(*known, strict=True), label="all clips" if is_all else name, linewidth=2.2 if is_all else 1,
-                  color="black" if is_all else colours[name])
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("effective prompts")
-    axes.set_ylim(0, data["prompts"] * 1.05)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    for axes, key, label, top in ((upper, "effective", "effective prompts", data["prompts"]),
+                                  (lower, "unused", "share never used", 1.0)):
+        _plain(axes)
+        for name, values in curves[key].items():
+            known = [(step, value) for step, value in zip(curves["steps"], values, strict=True) if value is not None]
+            if known:
+                is_all = name == "all"
+                axes.plot(*zip(*known, strict=True), label="all clips" if is_all else name,
+                          linewidth=2.2 if is_all else 1, color="black" if is_all else colours[name])
+        axes.set_ylabel(label)
+        axes.set_ylim(0, top * 1.05)
+    lower.set_xlabel("optimizer step")
+    upper.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return _png(figure)
 
 
@@ -82,22 +88,38 @@ def keys_and_queries(data: dict[str, Any]) -> bytes:
         axes.scatter(points[:, 0], points[:, 1], s=12, color=colour, alpha=0.6, label=task, linewidths=0)
     keys = np.array(data["keys"])
     axes.scatter(keys[:, 0], keys[:, 1], s=70, marker="D", facecolors="white", edgecolors="black", label="key")
-    for number, (x, y) in enumerate(keys):
-        axes.annotate(str(number), (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    for x, y, label in labels_of(keys, np.ptp(np.concatenate([keys, [query["at"] for query in data["queries"]]]), 0)):
+        axes.annotate(label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
     for axis, share in zip((axes.xaxis, axes.yaxis), data["variance"], strict=True):
         axis.set_label_text(f"{100 * share:.0f} % of the variance")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), markerscale=1.3)
     return _png(figure)
+
+
+def labels_of(keys: np.ndarray, extent: np.ndarray) -> list[tuple[float, float, str]]:
+    """One label for keys [N, 2] that lie so near to each other that their numbers would cover each other.
+
+    Args:
+        extent: width and height of the map.
+    """
+    cells: dict[tuple[int, ...], list[int]] = {}
+    for number, cell in enumerate(np.rint(keys / np.maximum(1e-12, 0.03 * extent)).astype(int).tolist()):
+        cells.setdefault(tuple(cell), []).append(number)
+    return [(*keys[numbers[0]].tolist(), ", ".join(map(str, numbers))) for numbers in cells.values()]
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Axes) -> None:
     axes.tick_params(colors=GREY, labelsize=9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    return figure, axes
 
 
 def _colours(names: list[str]) -> dict[str, Any]:

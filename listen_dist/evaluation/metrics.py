@@ -79,7 +79,7 @@ def choice_scores(hypotheses: Sequence[str], references: Sequence[str],
                   log_odds: Sequence[float] = ()) -> dict[str, float]:
     """Accuracy over samples (weighted) and the mean of the per-answer recalls (unweighted).
 
-    Both sides are compared after Whisper's basic normalisation.
+    Both sides are compared after Whisper's basic normalisation; an answer of signs alone stays as it is.
 
     Args:
         log_odds: for a yes/no task, log p(yes) − log p(no) of each sample; gives the equal error rate.
@@ -90,8 +90,8 @@ def choice_scores(hypotheses: Sequence[str], references: Sequence[str],
 def choice_figures(hypotheses: Sequence[str], references: Sequence[str],
                    log_odds: Sequence[float] = ()) -> dict[str, Figure]:
     same_length(hypotheses, references)
-    answers = [normalize(reference, "basic") for reference in references]
-    right = np.array([normalize(hypothesis, "basic") == answer
+    answers = [_answer_key(reference) for reference in references]
+    right = np.array([_answer_key(hypothesis) == answer
                       for hypothesis, answer in zip(hypotheses, answers, strict=True)], dtype=np.float64)
     members = np.array([[answer == kind for kind in dict.fromkeys(answers)] for answer in answers], dtype=np.float64)
 
@@ -104,6 +104,11 @@ def choice_figures(hypotheses: Sequence[str], references: Sequence[str],
     if len(log_odds):
         figures["eer"] = _eer_figure(log_odds, [answer == "yes" for answer in answers])
     return figures
+
+
+def _answer_key(text: str) -> str:
+    """What two equal answers have in common. Without its signs "+" would equal "-"."""
+    return normalize(text, "basic") or text.strip()
 
 
 def equal_error_rate(scores: Sequence[float], is_target: Sequence[bool]) -> float:
@@ -143,20 +148,30 @@ def _eer_figure(scores: Sequence[float], is_target: Sequence[bool]) -> Figure:
     return Figure(len(ranked), of)
 
 
-def bleu_scores(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> dict[str, float]:
-    """Corpus BLEU and chrF by sacrebleu; `tokenize="zh"` for Chinese targets."""
+def bleu_scores(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "") -> dict[str, float]:
+    """Corpus BLEU and chrF by sacrebleu, both 0 … 100.
+
+    Args:
+        tokenize: sacrebleu's tokenizer; default: `zh` where most references hold Chinese characters, else `13a`.
+    """
     return values(bleu_figures(hypotheses, references, tokenize)[0])
 
 
-def bleu_figures(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a",
+def bleu_figures(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "",
                  ) -> tuple[dict[str, Figure], dict[str, str]]:
     """The figures, and sacrebleu's signature of each."""
     same_length(hypotheses, references)
     figures, signatures = {}, {}
-    for name, metric in (("bleu", BLEU(tokenize=tokenize)), ("chrf", CHRF())):
+    for name, metric in (("bleu", BLEU(tokenize=tokenize or _tokenizer_for(references))), ("chrf", CHRF())):
         figures[name] = _sacrebleu_figure(metric, hypotheses, references)
         signatures[name] = str(metric.get_signature())
     return figures, signatures
+
+
+def _tokenizer_for(references: Sequence[str]) -> str:
+    """sacrebleu's `zh` where most references hold Chinese characters, else its default."""
+    chinese = sum(any("\u4e00" <= letter <= "\u9fff" for letter in text) for text in references)
+    return "zh" if 2 * chinese > len(references) else "13a"
 
 
 def _sacrebleu_figure(metric: BLEU | CHRF, hypotheses: Sequence[str], references: Sequence[str]) -> Figure:
@@ -172,11 +187,11 @@ def _sacrebleu_figure(metric: BLEU | CHRF, hypotheses: Sequence[str], references
 
 def answer_figures(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Figure]:
     """Free-text answers: exact match with any reference, and ROUGE-L, both after Whisper's basic normalisation."""
-    same_length(hypotheses, references)
+    same_length(hypotheses, references, lists=True)
     from aac_metrics.functional import rouge_l  # takes seconds to import
 
-    said = [normalize(text, "basic") for text in hypotheses]
-    meant = [[normalize(text, "basic") for text in row] for row in references]
+    said = [_answer_key(text) for text in hypotheses]
+    meant = [[_answer_key(text) for text in row] for row in references]
     _, rows = rouge_l(said, [[text or "(none)" for text in row] for row in meant])
     return {"exact_match": ratio([float(text in row) for text, row in zip(said, meant, strict=True)]),
             "rouge_l": ratio(rows["rouge_l"].tolist())}
@@ -185,10 +200,13 @@ def answer_figures(hypotheses: Sequence[str], references: Sequence[Sequence[str]
 def caption_scores(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """CIDEr-D, ROUGE-L, and what Java's tools give where they are (see captions.py).
 
-    The corpus decides the words' weights (inverse document frequency), so it needs at
+    The corpus decides the words' weights (inverse document frequency), so CIDEr-D needs at
     least two samples, and figures of different splits cannot be compared.
+
+    Args:
+        references: for each hypothesis its references, one or more.
     """
-    same_length(hypotheses, references)
+    same_length(hypotheses, references, lists=True)
     return values(caption_figures(hypotheses, references)[0])
 
 
@@ -203,8 +221,21 @@ def most_frequent(answers: Sequence[Sequence[str]]) -> str:
     return answer
 
 
-def same_length(hypotheses: Sequence[object], references: Sequence[object]) -> None:
-    """Raise ValueError unless both are as long, and not empty."""
-    if len(hypotheses) != len(references) or not references:
+def same_length(hypotheses: Sequence[object], references: Sequence[object], lists: bool = False) -> None:
+    """Raise ValueError unless both are as long, and not empty, and references are of the right kind.
+
+    A text where a list of texts belongs would be taken for a list of letters, and scored.
+
+    Args:
+        lists: each reference is a list of texts, not one text.
+    """
+    if isinstance(hypotheses, str) or isinstance(references, str):
+        raise ValueError("expected lists of texts, found one text")
+    if len(hypotheses) != len(references) or not len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references; "
                          "expected as many of each, and at least one")
+    for place, row in enumerate(references):
+        if lists and (isinstance(row, str) or not row):
+            raise ValueError(f"reference {place} is {row!r:.80}; expected a list of one or more texts")
+        if not lists and isinstance(row, list | tuple):
+            raise ValueError(f"reference {place} is {row!r:.80}; expected one text")

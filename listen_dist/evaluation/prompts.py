@@ -142,7 +142,9 @@ def verdict(selection: str, k: int, summary: dict[str, Any], overlap: np.ndarray
                               f"of it (pool.selection = {selection}).")
     others = overlap[~np.eye(len(overlap), dtype=bool)]
     between = float(np.nanmean(others)) if others.size else float("nan")
-    in_use = f"{effective:.1f} of {size} prompts are effectively in use at k = {k}; {never} were never picked."
+    always = sum(share == 1 for share in summary["usage"])
+    in_use = (f"{effective:.1f} of {size} prompts are effectively in use at k = {k}; {always} are in front of every "
+              f"clip, {never} were never picked.")
     if (effective - k) < COLLAPSED * (size - k):
         return "collapsed", (f"The pool has collapsed: nearly every clip gets the same {k} prompts. {in_use} "
                              "The choice carries no information; try a smaller pool.match_weight, stochastic k or "

@@ -2,9 +2,10 @@
 
     python -m listen_dist.evaluation.report --run runs/quickstart
 
-Reads what evaluate.py left in the run folder (results.json, predictions.jsonl) and the checkpoint that
-results.json names; writes RUN/report/report.html, report.json and PNG files, and logs them to the run's
-MLflow run where `tracking.mlflow` is on. One process; the LLM serves for its embeddings alone.
+evaluate.py does this at its end; the command does it again, say with more clips. It reads what evaluate.py
+left in the run folder (results.json, predictions.jsonl) and the checkpoint that results.json names; writes
+RUN/report/report.html, report.json and PNG files, and logs them to the run's MLflow run where
+`tracking.mlflow` is on. The LLM serves for its embeddings alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ from listen_dist.engine import checkpoint
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.engine.checkpoint import CheckpointError
 from listen_dist.evaluation import figures, prompts
+from listen_dist.models.prompt_pool import Pool
 from listen_dist.schema import Config, ConfigError
-from listen_dist.structures import SAMPLE_RATE
+from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch
 
 TOKENS = 5
 """Nearest vocabulary entries shown for a value."""
@@ -51,16 +53,23 @@ class ReportError(RuntimeError):
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A run folder after evaluate.py."""
+    """What an evaluation of one split left."""
 
     folder: Path
+    """Of the results; the report goes there."""
     config: Config
     results: dict[str, Any]
-    predictions: list[dict[str, Any]]
+    predictions: Sequence[Mapping[str, Any]]
+    suffix: str = ""
+    """Of the files' names, where several splits were scored into one folder."""
 
     @property
     def split(self) -> str:
         return str(self.results["split"])
+
+    @property
+    def out(self) -> Path:
+        return self.folder / f"report{self.suffix}"
 
 
 def read_run(folder: Path) -> Evaluated:
@@ -74,7 +83,7 @@ def read_run(folder: Path) -> Evaluated:
         if not file.is_file():
             cure = "train first" if name == "config.yaml" else f"run evaluate.py --config {files['config.yaml']} first"
             raise ReportError(f"{file}: not found; {cure}")
-    config = configuration.load(files["config.yaml"])
+    config = replace(configuration.load(files["config.yaml"]), run_dir=str(folder))  # it may have been moved
     try:
         results = json.loads(files["results.json"].read_text())
         predictions = [json.loads(line) for line in files["predictions.jsonl"].read_text().splitlines()]
@@ -93,8 +102,53 @@ def read_run(folder: Path) -> Evaluated:
     return Evaluated(folder, config, results, predictions)
 
 
-def open_split(parts: Parts, run: Evaluated) -> tuple[BatchReader, dict[str, SampleRef]]:
-    """The evaluated split, and where each predicted sample lies in it.
+def make(run: Evaluated, parts: Parts, per_task: int = 3, mapped: int = 100) -> Path:
+    """Gather the numbers, draw, write; every rank must call it, since the LLM may be sharded. The page's path.
+
+    Args:
+        per_task: single clips shown for each task.
+        mapped: queries put on the map for each task.
+
+    Raises:
+        ReportError: the shards are not those that were evaluated.
+        ShardError: a clip could not be read.
+    """
+    split: list[OpenSplit] = []  # on rank 0 alone, which reads for all: none then waits for one whose disk failed
+    dist.on_main(lambda: split.append(open_split(run, parts)))
+    queries: dict[tuple[str, str], np.ndarray] = {}
+    if hasattr(parts.model.pool, "keys"):
+        shown = first_of_each(run.predictions, mapped)
+        for start in logs.progress(range(0, len(shown), BATCH), "queries"):
+            queries |= queries_of(parts, dist.on_main(lambda rows: split[0].batch(rows), shown[start : start + BATCH]))
+    embeddings = vocabulary_embeddings(parts)
+
+    def finish() -> Path:
+        clips = [clip(split[0], row, run.config) for row in first_of_each(run.predictions, per_task)]
+        return write(run, gather(run, parts, queries, embeddings) | {"clips": clips})
+
+    return dist.on_main(finish)
+
+
+@dataclass(frozen=True)
+class OpenSplit:
+    """The samples of a split."""
+
+    reader: BatchReader
+    places: Mapping[tuple[str, str], SampleRef]
+    """By task and id: the same id may stand in sets of other tasks."""
+
+    def batch(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """The samples of some predictions."""
+        return self.reader[[self.places[row["task"], row["id"]] for row in rows]]
+
+    def sample(self, row: Mapping[str, Any], max_seconds: float) -> AudioSample:
+        """Record and waveform of a prediction's sample."""
+        place = self.places[row["task"], row["id"]]
+        return self.reader.indexes[place.set].read_sample(place.shard, place.row, "audio", max_seconds)
+
+
+def open_split(run: Evaluated, parts: Parts) -> OpenSplit:
+    """The evaluated split.
 
     Raises:
         ReportError: the shards are not those that were evaluated.
@@ -102,52 +156,60 @@ def open_split(parts: Parts, run: Evaluated) -> tuple[BatchReader, dict[str, Sam
     reader = parts.reader(getattr(run.config.data, run.split), with_targets=False)
     places = {}
     for number, index in enumerate(reader.indexes):
-        expected = run.results["data_fingerprints"].get(str(index.folder))
-        if expected != index.fingerprint:
+        if index.fingerprint not in run.results["data_fingerprints"].values():
             raise ReportError(f"{index.folder}: not the shards that results.json was made from; evaluate again")
         for shard, entry in enumerate(index.shards):
             names = index.shard_table(shard).ids
-            places.update({names[row]: SampleRef(number, shard, row) for row in range(entry.samples)})
-    missing = [row["id"] for row in run.predictions if row["id"] not in places]
+            places.update({(task, names[row]): SampleRef(number, shard, row)
+                           for row in range(entry.samples) for task in entry.tasks})
+    missing = [row["id"] for row in run.predictions if (row["task"], row["id"]) not in places]
     if missing:
-        raise ReportError(f"{run.folder / 'predictions.jsonl'}: {missing[0]!r} and perhaps others are not in the "
-                          f"{run.split} split; evaluate again")
-    return reader, places
+        raise ReportError(f"{run.folder / f'predictions{run.suffix}.jsonl'}: {missing[0]!r} and perhaps others are "
+                          f"not in the {run.split} split; evaluate again")
+    return OpenSplit(reader, places)
 
 
-def gather(run: Evaluated, parts: Parts, per_task: int, mapped: int) -> dict[str, Any]:
-    """All numbers of the report.
+def gather(run: Evaluated, parts: Parts, queries: Mapping[tuple[str, str], np.ndarray], embeddings: np.ndarray,
+           ) -> dict[str, Any]:
+    """All numbers of the report but those of single clips.
 
     Args:
-        per_task: single clips shown for each task.
-        mapped: queries put on the map for each task.
+        queries: of `queries_of`.
+        embeddings: the LLM's vocabulary [V, D].
     """
-    pool, rows = run.config.pool, run.predictions
-    values = parts.model.pool.table().detach().numpy()
+    config, rows = run.config.pool, run.predictions
+    pool = parts.model.pool
+    values = pool.table().detach().cpu().numpy()
     tasks = [row["task"] for row in rows]
     choices = prompts.Choices(tasks, [tuple(row["prompts"]) for row in rows], [tuple(row["scores"]) for row in rows],
-                              len(values), weighted=pool.selection == "attention")
+                              len(values), weighted=config.selection == "attention")
     table = choices.membership()
     names, overlap = prompts.jaccard(table, tasks)
     everything = prompts.usage_summary(table)
-    k = parts.model.pool.prompt_tokens(int(run.results["k"]))
-    state, words = prompts.verdict(pool.selection, k, everything, overlap)
-    reader, places = open_split(parts, run)
+    k = pool.prompt_tokens(int(run.results["k"]))
+    state, words = prompts.verdict(config.selection, k, everything, overlap)
+    keys = key_table(pool) if queries else None
     return {
-        "format_version": 1, "run": run.folder.name, "checkpoint": run.results["checkpoint"],
-        "step": run.results["step"], "split": run.split, "selection": pool.selection, "prompts": len(values), "k": k,
+        "format_version": 1, "run": Path(run.config.run_dir).name, "checkpoint": run.results["checkpoint"],
+        "step": run.results["step"], "split": run.split, "selection": config.selection, "prompts": len(values), "k": k,
         "weighted": choices.weighted, "verdict": {"state": state, "words": words}, "all": everything,
         "tasks": {name: prompts.usage_summary(table[[task == name for task in tasks]]) for name in names},
         "overlap": {"tasks": names, "jaccard": [[None if np.isnan(x) else float(x) for x in row] for row in overlap]},
-        "training": training_curves(run.folder / "metrics.jsonl"),
-        "map": key_map(parts, reader, [(row, places[row["id"]]) for row in first_of_each(rows, mapped)]),
-        "vocabulary": vocabulary(parts, values),
-        "clips": [clip(reader, row, places[row["id"]], run.config) for row in first_of_each(rows, per_task)],
+        "training": training_curves(training_log(run)),
+        "map": None if keys is None else key_map(keys, queries),
+        "vocabulary": vocabulary(parts, values, embeddings),
     }
 
 
+def training_log(run: Evaluated) -> Path:
+    """The log of the run that the checkpoint is from; where that was moved, of the run folder."""
+    (own, log) = (folder / "metrics.jsonl" for folder in (Path(run.results["checkpoint"]).parent.parent,
+                                                          Path(run.config.run_dir)))
+    return own if own.is_file() else log
+
+
 def training_curves(file: Path) -> dict[str, Any]:
-    """Steps, and the effective number of prompts at each: of all clips and of each task (None: not seen)."""
+    """Steps; effective number and unused share of the prompts at each, of all clips and each task (None: not seen)."""
     lines: dict[int, dict[str, float]] = {}
     for text in file.read_text().splitlines() if file.is_file() else ():
         try:
@@ -157,44 +219,52 @@ def training_curves(file: Path) -> dict[str, Any]:
         if "effective_prompts" in line:
             lines[line["step"]] = line  # a step done again after a kill: the last counts
     steps = sorted(lines)
-    key = "effective_prompts"
-    tasks = sorted({name.removeprefix(f"{key}_") for line in lines.values() for name in line
-                    if name.startswith(f"{key}_")})
-    columns = {"all": key, **{task: f"{key}_{task}" for task in tasks}}
-    effective = {name: [lines[step].get(column) for step in steps] for name, column in columns.items()}
-    return {"steps": steps, "effective": effective, "unused": [lines[step].get("unused_prompts") for step in steps]}
+    tasks = sorted({name.removeprefix("effective_prompts_") for line in lines.values() for name in line
+                    if name.startswith("effective_prompts_")})
+    endings = {"all": "", **{task: f"_{task}" for task in tasks}}
+    return {"steps": steps} | {short: {name: [lines[step].get(f"{key}{ending}") for step in steps]
+                                       for name, ending in endings.items()}
+                               for short, key in (("effective", "effective_prompts"), ("unused", "unused_prompts"))}
 
 
 @torch.no_grad()
-def key_map(parts: Parts, reader: BatchReader, placed: Sequence[tuple[dict[str, Any], SampleRef]],
-            ) -> dict[str, Any] | None:
-    """Keys and the queries of some clips on two principal axes; None where there are no keys."""
-    keys = getattr(parts.model.pool, "keys", None)
-    if keys is None:
-        return None
-    queries: dict[str, np.ndarray] = {}
-    for start in logs.progress(range(0, len(placed), BATCH), "queries"):
-        batch = reader[[place for _, place in placed[start : start + BATCH]]]
-        if len(batch):
-            queries |= dict(zip(batch.ids, parts.model.queries(batch).numpy(), strict=True))
-    points, variance = prompts.pca(np.concatenate([keys.numpy(), np.stack(list(queries.values()))]))
-    at = dict(zip(queries, points[len(keys):].tolist(), strict=True))
+def queries_of(parts: Parts, batch: Batch) -> dict[tuple[str, str], np.ndarray]:
+    """The query [D] of each (task, id); every rank must call it."""
+    if not len(batch):
+        return {}
+    found = parts.model.queries(batch).cpu().numpy()
+    return dict(zip(zip(batch.tasks, batch.ids, strict=True), found, strict=True))
+
+
+def key_table(pool: Pool) -> np.ndarray:
+    """Keys [N, D]."""
+    return np.asarray(pool.get_parameter("keys").detach().cpu().numpy())
+
+
+def key_map(keys: np.ndarray, queries: Mapping[tuple[str, str], np.ndarray]) -> dict[str, Any]:
+    """Keys [N, D] and queries on two principal axes."""
+    points, variance = prompts.pca(np.concatenate([keys, np.stack(list(queries.values()))]))
+    at = points[len(keys):].tolist()
     return {"keys": points[: len(keys)].tolist(), "variance": variance,
-            "queries": [{"id": row["id"], "task": row["task"], "at": at[row["id"]]} for row, _ in placed
-                        if row["id"] in at]}
+            "queries": [{"id": name, "task": task, "at": place}
+                        for (task, name), place in zip(queries, at, strict=True)]}
 
 
 @torch.no_grad()
-def vocabulary(parts: Parts, values: np.ndarray) -> list[list[dict[str, Any]]]:
+def vocabulary_embeddings(parts: Parts) -> np.ndarray:
+    """The LLM's embeddings [V, D]; every rank must call it."""
+    tokens = torch.arange(parts.model.llm.config.vocab_size, device=parts.model.device)
+    return np.asarray(parts.model.llm.get_input_embeddings()(tokens).float().cpu().numpy())
+
+
+def vocabulary(parts: Parts, values: np.ndarray, embeddings: np.ndarray) -> list[list[dict[str, Any]]]:
     """The vocabulary entries nearest to each value, best first, with line ends and the like spelt out."""
-    size = parts.model.llm.config.vocab_size
-    embeddings = parts.model.llm.get_input_embeddings()(torch.arange(size)).float().numpy()
     return [[{"token": json.dumps(parts.text.piece(token), ensure_ascii=False)[1:-1], "cosine": cosine}
              for token, cosine in row]
             for row in prompts.nearest_tokens(values, embeddings, TOKENS)]
 
 
-def first_of_each(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def first_of_each(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
     """The first so many rows of each task, in their order."""
     seen: dict[str, int] = {}
     kept = []
@@ -205,9 +275,9 @@ def first_of_each(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, 
     return sorted(kept, key=lambda row: row["task"])
 
 
-def clip(reader: BatchReader, row: dict[str, Any], place: SampleRef, config: Config) -> dict[str, Any]:
+def clip(split: OpenSplit, row: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """One clip: what was asked and answered, the prompts with scores, and the audio as a FLAC data address."""
-    sample = reader.indexes[place.set].read_sample(place.shard, place.row, "audio", config.data.max_seconds)
+    sample = split.sample(row, config.data.max_seconds)
     assert sample.waveform is not None
     file = io.BytesIO()
     soundfile.write(file, sample.waveform, SAMPLE_RATE, format="FLAC")
@@ -241,17 +311,17 @@ def without_audio(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(run: Evaluated, data: dict[str, Any]) -> Path:
-    """Write the page, the numbers and the figures into RUN/report; log them to MLflow where it is on."""
-    out = run.folder / "report"
-    out.mkdir(exist_ok=True)
+    """Write the page, the numbers and the figures; log those of the run's own folder to MLflow where it is on."""
+    run.out.mkdir(exist_ok=True)
     pictures = figures.draw_all(data)
     page = render(data, pictures)
     for name, png in pictures.items():
-        (out / f"{name}.png").write_bytes(png)
-    (out / "report.json").write_text(json.dumps(without_audio(data), indent=1, ensure_ascii=False) + "\n")
-    (out / "report.html").write_text(page)
-    tracking.log_files(run.config, run.folder, sorted(out.iterdir()))
-    return out / "report.html"
+        (run.out / f"{name}.png").write_bytes(png)
+    (run.out / "report.json").write_text(json.dumps(without_audio(data), indent=1, ensure_ascii=False) + "\n")
+    (run.out / "report.html").write_text(page)
+    if run.folder.resolve() == Path(run.config.run_dir).resolve():
+        tracking.log_files(run.config, run.folder, sorted(run.out.iterdir()))
+    return run.out / "report.html"
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -273,9 +343,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint.read_state(path)
         checkpoint.load_trainables(path, parts.model.trainable)
         parts.model.eval()
-        data = gather(run, parts, arguments.clips, arguments.queries)
-        page = write(run, data)
-        print(f"{data['verdict']['words']}\n{page}")
+        page = make(run, parts, arguments.clips, arguments.queries)
+        print(f"{json.loads(page.with_suffix('.json').read_text())['verdict']['words']}\n{page}")
         return 0
     except (ReportError, ConfigError, CheckpointError, ShardError, AudioError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

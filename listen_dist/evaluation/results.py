@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
+import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from listen_dist.config import differences, load
+from listen_dist.data.manifest import file_sha256
 from listen_dist.data.shard_members import ShardError
 from listen_dist.data.shards import ShardIndex
+from listen_dist.evaluation.predictions import Prediction, to_lines, write_file
+from listen_dist.evaluation.scoring import check_references, entry_for
 from listen_dist.schema import Config, ConfigError
+from listen_dist.structures import SkippedSample
 
 PACKAGES = ("jiwer", "whisper-normalizer", "sacrebleu", "aac-metrics", "torch", "transformers")
 FREE = ("model.attention", "model.dtype", "model.seed", "model.init_from", "model.init_projector",
@@ -30,17 +34,41 @@ def provenance(config: Config, path: Path, split: str, fingerprints: Mapping[str
         fingerprints: of the split's sets, by their path.
     """
     decoding = asdict(config.eval)
-    for key in ("splits", "llm", "batch_tokens"):  # they decide when and where a text is made, not what it is
+    for key in ("splits", "llm", "batch_tokens", "report"):  # they change no text, but for rounding
         del decoding[key]
-    return {"checkpoint": str(path), "checkpoint_sha256": sha256_of(path / "trainables.safetensors"), "split": split,
+    return {"checkpoint": str(path), "checkpoint_sha256": file_sha256(path / "trainables.safetensors"), "split": split,
             "k": config.pool.k, "decoding": decoding, "model": asdict(config.model),
             "stored_features": config.data.stored_features, "data_fingerprints": dict(fingerprints),
-            "code_commit": code_commit(), "versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
+            "code_commit": code_commit(), "versions": versions()}
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def score_and_write(folder: Path, suffix: str, facts: Mapping[str, Any], predictions: Sequence[Prediction],
+                    skipped: Sequence[SkippedSample]) -> dict[str, Any]:
+    """Score a split and write its three files; results.json last, so that it stands for all.
+
+    Args:
+        suffix: between the files' names and their endings.
+        facts: what results.json holds besides the scores.
+
+    Returns:
+        what results.json holds.
+    """
+    check_references(predictions)
+    names = dict.fromkeys(row.task for row in predictions)
+    tasks = {name: entry_for(name, [row for row in predictions if row.task == name]) for name in names}
+    results = {"format_version": 2, "tasks": tasks, "skipped": len(skipped), **facts}
+    write_file(folder / f"predictions{suffix}.jsonl", to_lines(predictions))
+    write_file(folder / f"eval_skipped{suffix}.jsonl", to_lines(skipped))
+    write_file(folder / f"results{suffix}.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    print(table(tasks), flush=True)
+    print(f"{len(skipped)} samples skipped. Details: {folder / f'results{suffix}.json'}, "
+          f"{folder / f'predictions{suffix}.jsonl'}", flush=True)
+    return results
 
 
 def code_commit() -> str:

@@ -58,7 +58,7 @@ def score_task(task: str, rows: Sequence[Prediction], java: bool = True) -> Task
                  for language, suffix in (("english", ""), ("basic", "_basic"))}
         return TaskScores("wer", "lower", wer_figures(said, first), computed_by=names)
     if known.metric == "bleu":
-        figures, signatures = bleu_figures(said, first, tokenizer_for(first))
+        figures, signatures = bleu_figures(said, first)
         return TaskScores("bleu", "higher", figures, computed_by=signatures)
     if known.metric == "cider_d":
         figures, left_out = caption_figures(said, answers, java)
@@ -69,12 +69,6 @@ def score_task(task: str, rows: Sequence[Prediction], java: bool = True) -> Task
                           computed_by=dict.fromkeys(("exact_match", "rouge_l"), NORMALIZERS["basic"]))
     return TaskScores("accuracy", "higher", choice_figures(said, first, log_odds(rows)),
                       computed_by={"accuracy": NORMALIZERS["basic"]})
-
-
-def tokenizer_for(references: Sequence[str]) -> str:
-    """sacrebleu's `zh` where most references hold Chinese characters, else its default."""
-    chinese = sum(any("\u4e00" <= letter <= "\u9fff" for letter in text) for text in references)
-    return "zh" if 2 * chinese > len(references) else "13a"
 
 
 def log_odds(rows: Sequence[Prediction]) -> list[float]:

@@ -2,8 +2,8 @@
 
     python -m tests.distributed.decoding_worker CONFIG OUT NAME:KEY=VALUE;KEY=VALUE …
 
-With KILL_AFTER=n the process kills itself when it has added n batches to its partial file. The ranks meet
-over the file store that STORE names.
+A name that ends in "report" also opens the pool. With KILL_AFTER=n the process kills itself when it has added
+n batches to its partial file. The ranks meet over the file store that STORE names.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ import torch.distributed
 
 from listen_dist import config as configuration
 from listen_dist import dist
+from listen_dist.data.shards import ShardIndex
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.evaluate import decode_split
+from listen_dist.evaluation import report
 from listen_dist.evaluation.decoding import Decoder
 from listen_dist.evaluation.placement import placed
 from listen_dist.evaluation.predictions import PartialFile, Prediction, to_lines
+from listen_dist.evaluation.report import Evaluated
 from listen_dist.schema import Config
 from listen_dist.structures import Batch
 
@@ -63,6 +67,11 @@ def run(parts: Parts, config: Config, out: Path) -> None:
     with placed(parts) as whole:
         decoder = Watched(parts, config.eval, config.pool.k, whole)
         predictions, skipped = decode_split(decoder, config.data.test, {"beams": config.eval.beams}, out / "partial")
+        if out.name.endswith("report"):
+            index = ShardIndex.load(config.data.test[0].path)
+            facts = {"split": "test", "k": config.pool.k, "checkpoint": "none", "step": 0,
+                     "data_fingerprints": {"test": index.fingerprint}}
+            report.make(Evaluated(out, config, facts, [asdict(row) for row in predictions]), parts)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"predictions-{dist.rank()}.jsonl").write_text(to_lines(predictions))
     (out / f"notes-{dist.rank()}.json").write_text(

@@ -123,7 +123,7 @@ def run(config: Config, out: Path) -> None:
 def main() -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{os.environ['STORE']}", rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=60))
+        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=300))
     torch.set_num_threads(1)
     config_file, out, *scenarios = sys.argv[1:]
     for scenario in scenarios:

@@ -62,7 +62,7 @@ def load(config: Config) -> dict[str, Any]:
 def main() -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{os.environ['STORE']}", rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=120))
+        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=300))
     torch.set_num_threads(1)
     import deepspeed  # noqa: F401  its own memory is not the LLM's
 

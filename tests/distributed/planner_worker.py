@@ -35,32 +35,39 @@ from listen_dist.planner import Shape
 from listen_dist.schema import Config
 
 
-def anonymous() -> int:
-    """RssAnon of this process, in bytes."""
+def in_use(device: torch.device) -> int:
+    """Bytes of this process: RssAnon on a CPU, what tensors hold on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
 class Peak(threading.Thread):
-    """The largest RssAnon while it runs, looked at every 2 ms."""
+    """The most that is in use while it is open: a CPU is looked at every 2 ms, a GPU counts by itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__(daemon=True)
         self.bytes = 0
+        self._device = device
         self._over = threading.Event()
 
     def run(self) -> None:
         while not self._over.is_set():
-            self.bytes = max(self.bytes, anonymous())
+            self.bytes = max(self.bytes, in_use(self._device))
             time.sleep(0.002)
 
     def __enter__(self) -> Peak:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self.join()
+        if self._device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self._device)
 
 
 def main() -> None:
@@ -71,7 +78,7 @@ def main() -> None:
     config, out = configuration.load(sys.argv[1]), Path(sys.argv[3])
     take_steps(configuration.load(sys.argv[2]), 0)  # what is imported and started only then is no part of the plan
     gc.collect()
-    found, grads = take_steps(config, anonymous())
+    found, grads = take_steps(config, in_use(torch.device(config.device)))
     save_file(grads, out / f"grads-{dist.rank()}.safetensors")
     (out / f"memory-{dist.rank()}.json").write_text(json.dumps(found))
     dist.shutdown()
@@ -79,19 +86,20 @@ def main() -> None:
 
 def take_steps(config: Config, before: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Steps on one batch of 24 clips; peaks above `before` bytes and gradients, with recomputation and without."""
-    parts = assemble(config, torch.device("cpu"))
+    device = torch.device(config.device)
+    parts = assemble(config, device)
     replicated = ReplicatedTrainables(parts.model.trainable)
     optimizer = build_optimizer(parts.model.trainable, config.train)
     reader = parts.reader(config.data.train, with_targets=True)
     batch = reader[[SampleRef(0, number // 5, number % 5) for number in range(24)]]
     found: dict[str, Any] = {"held": parts.sharding.bytes_held()}
     grads = {}
-    loaded = anonymous() - before
+    loaded = in_use(device) - before
     for name, active in (("recomputed", True), ("kept", False)):
         recompute_activations(parts.model.train().llm, active)
         for _ in range(2):  # the first step has no trace to fetch ahead by
             gc.collect()
-            with Peak() as peak:
+            with Peak(device) as peak:
                 result = train_step(parts.model, replicated, optimizer, config, 0, 9, [batch], batch)
         grads[name] = replicated.grads.clone()
         (_, output), = result.outputs

@@ -41,7 +41,7 @@ def main() -> None:
     os.environ["MASTER_ADDR"] = "127.0.0.1"  # where the watchdog meets
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{os.environ['STORE']}", rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=120))
+        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=300))
     torch.set_num_threads(1)
     shutdown, dist.shutdown = dist.shutdown, lambda: None  # every program would leave the group at its end
     config_file, out, *scenarios = sys.argv[1:]

@@ -1,10 +1,7 @@
 """Bytes that cross between two nodes, counted at the interface.
 
 Two network namespaces with host names of their own are the nodes, a pair of virtual interfaces is the cable,
-two ranks run in each. Rings (gloo's, and NCCL's) leave a node on one link, so that per step and direction
-
-    full   (R − 1) / R · (2 · gradients + gathers · LLM)
-    node   (R − 1) / R ·  2 · gradients
+two ranks run in each. Rings (gloo's, and NCCL's) leave a node on one link, as the planner counts.
 """
 
 from __future__ import annotations
@@ -14,11 +11,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from listen_dist import config as configuration
+from listen_dist.model_sizes import sizes_of
+from listen_dist.planner import Cluster, plan_step
+from listen_dist.schema import Config
 from tests import launching, tiny
 from tests.distributed.scenarios import LAYOUTS
 
@@ -55,10 +57,29 @@ def nodes() -> Iterator[dict[str, str]]:
             ip(f"netns del {name}")
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What the ranks counted in one layout, and what the planner says."""
+
+    ranks: list[dict[str, float]]
+    config: Config
+
+    @property
+    def planned(self) -> float:
+        """Bytes into a node in one step."""
+        cluster, layout = Cluster(RANKS, RANKS // 2), self.config.parallel.llm
+        return plan_step(self.config, sizes_of(self.config), cluster, layout).in_node
+
+    @property
+    def gradients(self) -> float:
+        """The trainables' part of it."""
+        return 2 * (RANKS - 1) / RANKS * self.ranks[0]["gradients"]
+
+
 @pytest.fixture(scope="module")
 def counted(nodes: dict[str, str], tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory,
-            ) -> dict[str, list[dict[str, float]]]:
-    """What each rank counted, by layout."""
+            ) -> dict[str, Counted]:
+    """All layouts by name."""
     folder = tmp_path_factory.mktemp("nodes")
     tokenizer = tiny.build_tokenizer()
     tokenizer.save_pretrained(folder / "llm")
@@ -67,7 +88,8 @@ def counted(nodes: dict[str, str], tiny_world: tiny.Tiny, tmp_path_factory: pyte
         vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
         tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id)).bfloat16().save_pretrained(folder / "llm")
-    words = [f"{name}:model.llm={folder / 'llm'},model.dtype=bfloat16,{layout}" for name, layout in LAYOUTS.items()]
+    words = {name: f"model.llm={folder / 'llm'},model.dtype=bfloat16,train.batches_per_step={RANKS},{layout}"
+             for name, layout in LAYOUTS.items()}
     started = []
     for rank in range(RANKS):
         name = list(nodes)[rank * 2 // RANKS]
@@ -76,7 +98,7 @@ def counted(nodes: dict[str, str], tiny_world: tiny.Tiny, tmp_path_factory: pyte
         # A host name of its own shows to the layout where a node ends.
         command = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh",
                    sys.executable, "-m", "tests.distributed.traffic_worker", tiny_world.config_file, folder,
-                   nodes[name], *words]
+                   nodes[name], *(f"{name}:{keys}" for name, keys in words.items())]
         log = folder / f"rank-{rank}.log"
         started.append((launching.start(command, log, variables), log))
     try:
@@ -86,22 +108,22 @@ def counted(nodes: dict[str, str], tiny_world: tiny.Tiny, tmp_path_factory: pyte
         for process, _ in started:
             launching.kill_tree(process)
     found = [json.loads((folder / f"traffic-{rank}.json").read_text()) for rank in range(RANKS)]
-    return {name: [one[name] for one in found] for name in LAYOUTS}
+    return {name: Counted([one[name] for one in found], configuration.load(tiny_world.config_file, keys.split(",")))
+            for name, keys in words.items()}
 
 
-def test_no_weight_crosses_between_nodes_unless_sharded_over_all(counted: dict[str, list[dict[str, float]]]) -> None:
-    llm = counted["replicated"][0]["held"]
-    share = (RANKS - 1) / RANKS
-    print(f"\nLLM {llm:,} bytes, gradients {counted['full'][0]['gradients']:,}; bytes between two nodes of two ranks")
-    for name, ranks in counted.items():
-        assert len({one["host"] for one in ranks}) == 2
-        gradients = share * 2 * ranks[0]["gradients"]
-        for one in (ranks[0], ranks[-1]):
-            gathers = (one["step"] - gradients) / (share * llm)
-            print(f"{name:<12} sent by {one['host']}: {one['step']:12,.0f} a step (gradients {gradients:,.0f}, "
-                  f"LLM gathered {gathers:.2f} times), {one['loading']:12,.0f} to load")
+def test_no_weight_crosses_between_nodes_unless_sharded_over_all(counted: dict[str, Counted]) -> None:
+    llm = counted["replicated"].ranks[0]["held"]
+    print(f"\nLLM {llm:,} bytes, gradients {counted['full'].ranks[0]['gradients']:,}; two nodes of two ranks")
+    for name, one in counted.items():
+        assert len({rank["host"] for rank in one.ranks}) == 2
+        for rank in (one.ranks[0], one.ranks[-1]):
+            print(f"{name:<12} sent by {rank['host']}: {rank['step']:12,.0f} a step (the planner: {one.planned:,.0f}, "
+                  f"gradients alone {one.gradients:,.0f}), {rank['loading']:12,.0f} to load")
             if name.endswith("full"):
-                assert 1.9 <= gathers <= 2.2
+                assert one.planned > one.gradients + 2 * (RANKS - 1) / RANKS * 0.99 * llm
+                assert 0.96 * one.planned <= rank["step"] <= 1.07 * one.planned
             else:
-                assert gradients <= one["step"] <= gradients * 1.05 + OVERHEAD
-                assert one["loading"] < 0.05 * llm
+                assert one.planned == pytest.approx(one.gradients)
+                assert one.planned <= rank["step"] <= one.planned * 1.05 + OVERHEAD
+                assert rank["loading"] < 0.05 * llm

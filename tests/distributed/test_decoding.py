@@ -13,7 +13,7 @@ from listen_dist.data.shards import ShardIndex
 from listen_dist.evaluation.predictions import Prediction, read_predictions
 from tests import launching, tiny
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1500)
 
 WORKER = "tests.distributed.decoding_worker"
 SMALL = "eval.batch_tokens=64"  # one clip a batch, so that seven go three to four
@@ -23,6 +23,7 @@ SCENARIOS = {
     "whole": f"eval.llm=whole;{SMALL}",
     "whole-beams": f"eval.llm=whole;eval.beams=3;eval.choices=generate;{SMALL}",
     "auto": f"eval.llm=auto;eval.limit=1;{SMALL}",
+    "sharded-report": f"eval.llm=sharded;{SMALL}",
 }
 
 
@@ -38,7 +39,7 @@ def comparable(rows: list[Prediction]) -> list[tuple[Any, ...]]:
 def two_ranks(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     words = [f"{name}:{keys}" for name, keys in SCENARIOS.items()]
-    launching.run_ranks(2, WORKER, [tiny_world.config_file, folder, *words], folder, 300)
+    launching.run_ranks(2, WORKER, [tiny_world.config_file, folder, *words], folder, 900)
     return folder
 
 
@@ -47,7 +48,8 @@ def alone(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """One process, everything in one batch a task."""
     folder = tmp_path_factory.mktemp("one")
     launching.run_ranks(1, WORKER, [tiny_world.config_file, folder, "greedy:eval.batch_tokens=4096",
-                                    "beams:eval.beams=3;eval.choices=generate;eval.batch_tokens=4096"], folder, 300)
+                                    "report:eval.batch_tokens=4096",
+                                    "beams:eval.beams=3;eval.choices=generate;eval.batch_tokens=4096"], folder, 900)
     return folder
 
 
@@ -77,19 +79,27 @@ def test_the_planner_gathers_a_small_llm_and_one_sample_leaves_a_rank_idle(two_r
     assert sorted(len(rank["answered"]) for rank in by_rank) == [0, 1]
 
 
+def test_a_sharded_llm_opens_the_same_pool(two_ranks: Path, alone: Path) -> None:
+    ours, theirs = (json.loads((folder / "report/report.json").read_text())
+                    for folder in (two_ranks / "sharded-report", alone / "report"))
+    places = [[query["at"] for query in numbers["map"].pop("queries")] for numbers in (ours, theirs)]
+    assert places[0] == [pytest.approx(place, abs=1e-5) for place in places[1]] and len(places[0]) == 7
+    assert ours["vocabulary"] == theirs["vocabulary"] and ours["tasks"] == theirs["tasks"]
+
+
 def test_a_killed_evaluation_goes_on_on_another_number_of_ranks(tiny_world: tiny.Tiny, alone: Path,
                                                                 tmp_path: Path) -> None:
     words = [tiny_world.config_file, tmp_path, f"killed:eval.llm=whole;{SMALL}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KILL_AFTER", "2")
         with pytest.raises(AssertionError):
-            launching.run_ranks(2, WORKER, words, tmp_path, 300)
+            launching.run_ranks(2, WORKER, words, tmp_path, 900)
     partial = tmp_path / "killed/partial"
     kept = [json.loads(line)["id"] for path in partial.glob("rank-*.jsonl") for line in path.read_text().splitlines()]
     assert 2 <= len(kept) <= 4 and not list((tmp_path / "killed").glob("predictions*"))
     with (partial / "rank-1.jsonl").open("a") as file:
         file.write('{"set": "half a li')
-    launching.run_ranks(1, WORKER, words, tmp_path, 300)
+    launching.run_ranks(1, WORKER, words, tmp_path, 900)
     found = read_predictions(tmp_path / "killed/predictions-0.jsonl")
     assert comparable(found) == comparable(read_predictions(alone / "greedy/predictions-0.jsonl"))
     (one,) = notes(tmp_path / "killed", 1)

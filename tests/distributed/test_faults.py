@@ -21,9 +21,9 @@ from tests import launching, tiny
 from tests.distributed import fault_worker
 from tests.distributed.test_resume import STEPS, read_metrics, reported
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(2400)
 
-LIMIT = 240.0
+LIMIT = 400.0
 """Seconds for one launch, on a busy machine."""
 
 
@@ -71,9 +71,24 @@ def clips(folder: Path) -> dict[tuple[int, int], list[list[str]]]:
     return found
 
 
-def test_a_slow_rank_and_a_jumping_clock_change_nothing(tiny_world: tiny.Tiny, unbroken: Path, tmp_path: Path) -> None:
-    """Rank 1 takes 0.2 s longer for each forward, some ten times as long; every reading of the clock jumps."""
-    ended = run_faulty(tiny_world, tmp_path, "slow+clock:1:0")
+def test_a_slow_rank_a_jumping_clock_and_a_second_run_change_nothing(tiny_world: tiny.Tiny, unbroken: Path,
+                                                                     tmp_path: Path) -> None:
+    """Rank 1 takes 0.2 s longer for each forward, some ten times as long; every reading of the clock jumps.
+
+    Meanwhile the same command is given once more: that run ends at once, on both of its ranks.
+    """
+    ranks = fault_worker.start(2, words(tiny_world, tmp_path), tmp_path, "slow+clock:1:0")
+    second: list[fault_worker.Rank] = []
+    try:
+        wait_for(lambda: (tmp_path / "run/train.log").is_file(), ranks[0].log)
+        second = fault_worker.start(2, words(tiny_world, tmp_path), tmp_path / "second")
+        refused = [rank.wait(LIMIT) for rank in second]
+        ended = [rank.wait(LIMIT) for rank in ranks]
+    finally:
+        for rank in [*ranks, *second]:
+            rank.kill()
+    for one in refused:
+        assert one.code == 2 and f"in use by process {ranks[0].pid} on " in one.first_error, one.output[-3000:]
     assert [one.code for one in ended] == [0, 0], ended[0].output[-3000:] + ended[1].output[-3000:]
     assert_unbroken(tmp_path, unbroken)
     assert "no progress" not in ended[0].output
@@ -84,19 +99,22 @@ def test_a_slow_rank_and_a_jumping_clock_change_nothing(tiny_world: tiny.Tiny, u
 
 def test_killed_in_every_part_of_a_step_and_resumed(tiny_world: tiny.Tiny, unbroken: Path, tmp_path: Path) -> None:
     """One run, killed five times; then its newest checkpoint is damaged; then it finishes."""
+    checkpoints = tmp_path / "run/checkpoints"
     for fault in ("kill_forward:1:2", "kill_checkpoint:0:4", "kill_backward:0:4", "kill_reduction:1:6",
-                  "kill_optimizer:0:9"):
+                  "kill_optimizer:0:11"):
         ended = run_faulty(tiny_world, tmp_path, fault)
         killed = int(fault.split(":")[1])
         assert ended[killed].code == -signal.SIGKILL, f"{fault}\n{ended[killed].output[-3000:]}"
-        names = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
-        assert (".step-000004.tmp" in names) == ("checkpoint" in fault), names
-    weights = tmp_path / "run/checkpoints/step-000008/trainables.safetensors"
+        assert "checkpoint" not in fault or (checkpoints / ".step-000004.tmp").is_dir()
+    # Step 10 may still have been in writing, step 8 was not.
+    newest = int((checkpoints / "latest").read_text().removeprefix("step-"))
+    assert newest in (8, 10)
+    weights = checkpoints / f"step-{newest:06d}/trainables.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     ended = run_faulty(tiny_world, tmp_path, "none:0:0")
     assert [one.code for one in ended] == [0, 0], ended[0].output[-3000:]
     assert f"{weights}: missing or damaged" in ended[0].output
-    assert "going back to" in ended[0].output and "checkpoints/step-000006" in ended[0].output
+    assert f"going back to {checkpoints}/step-{newest - 2:06d}" in ended[0].output
     assert_unbroken(tmp_path, unbroken)
 
 
@@ -118,7 +136,7 @@ def test_nan_on_one_rank_is_left_out_on_all_and_ends_the_run(tiny_world: tiny.Ti
     assert kept[0] == kept[1], "a step that was left out changed the weights"
 
 
-SHORT = ("parallel.stuck_minutes=0.05", "parallel.timeout_minutes=0.25")
+SHORT = ("parallel.stuck_minutes=0.1", "parallel.timeout_minutes=0.4")
 
 
 def test_a_stopped_rank_is_named(tiny_world: tiny.Tiny, tmp_path: Path) -> None:
@@ -139,16 +157,16 @@ def test_a_stopped_rank_is_named(tiny_world: tiny.Tiny, tmp_path: Path) -> None:
 
 def test_a_stuck_rank_is_named_and_a_second_signal_leaves_at_once(tiny_world: tiny.Tiny, tmp_path: Path) -> None:
     """Rank 1 sleeps, rank 0 is deep in a collective: the first signal cannot be obeyed, the second is."""
-    more = ("parallel.stuck_minutes=0.05", "parallel.timeout_minutes=4")
+    more = ("parallel.stuck_minutes=0.1", "parallel.timeout_minutes=4")
     ranks = fault_worker.start(2, words(tiny_world, tmp_path, *more), tmp_path, "stuck:1:3")
     try:
         # On a busy machine the first steps may be slow enough to be noticed too.
         wait_for(lambda: "after step 3: rank 1" in ranks[0].output, ranks[0].log)
-        for pause in (GRACE / 2, GRACE, 0):  # the second comes at once, as from a launcher, and doesn't count
+        for pause in (0.5, GRACE + 2, 0):  # the second comes at once, as from a launcher, and doesn't count
             assert ranks[0].process.is_alive()
             os.kill(ranks[0].pid, signal.SIGTERM)
             time.sleep(pause)
-        ended = ranks[0].wait(20)
+        ended = ranks[0].wait(60)
     finally:
         for rank in ranks:
             rank.kill()

@@ -22,7 +22,7 @@ from tests import launching, tiny
 from tests.distributed.test_resume import STEPS, read_metrics, reported
 from tests.unit.test_checkpoint import HOLD
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
 
 Train = Callable[..., tuple[int, str]]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests import launching, tiny
 from tests.fixtures import TrainedRun
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1800)
 
 STEPS = 12
 REPORTED = ("loss", "match_loss", "match_loss_per_key", "grad_norm", "learning_rate", "padding_share",
@@ -40,7 +40,7 @@ def run_until(command: list[Any], folder: Path, log: Path, step: int) -> None:
     """Start a run and SIGKILL all of it as soon as it has reported `step`."""
     process = launching.start(command, log)
     try:
-        for _ in range(1200):
+        for _ in range(6000):
             if (folder / "metrics.jsonl").is_file() and max(read_metrics(folder), default=0) >= step:
                 return
             assert process.poll() is None, log.read_text()[-6000:]
@@ -92,7 +92,7 @@ def test_killed_and_resumed_on_two_ranks_is_the_unbroken_run(trained: TrainedRun
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
     command = [*launching.command("deepspeed", launching.TRAIN, 2), *words(tiny_world, folder, "train.save_every=2")]
-    output = launching.run(command, 150).check().output
+    output = launching.run(command, 600).check().output
     assert "going on from" in output
     unbroken, resumed = read_metrics(trained.folder), read_metrics(folder)
     assert sorted(resumed) == sorted(unbroken)
@@ -106,12 +106,24 @@ def test_killed_and_resumed_on_two_ranks_is_the_unbroken_run(trained: TrainedRun
     assert lasting(folder / state) == lasting(trained.folder / state)
 
 
-def test_resumed_on_one_rank_is_the_unbroken_run(trained: TrainedRun, killed: Path, tiny_world: tiny.Tiny,
-                                                 tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks, layout", [
+    (1, ["parallel.llm=replicated"]),
+    (4, ["parallel.backend=fsdp2", "parallel.llm=node", "parallel.node_size=2"]),
+], ids=["one rank, replicated", "four ranks, FSDP2 in nodes of two"])
+def test_resumed_in_another_layout_is_the_unbroken_run(trained: TrainedRun, killed: Path, tiny_world: tiny.Tiny,
+                                                       tmp_path: Path, ranks: int, layout: list[str]) -> None:
+    """Two ranks with DeepSpeed before. Two of the four have no batch of their own in any step."""
+    from tests.distributed import fault_worker  # imports DeepSpeed
+
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
-    command = [*launching.command("python", launching.TRAIN), *words(tiny_world, folder)]
-    assert "going on from" in launching.run(command, 150).check().output
+    started = fault_worker.start(ranks, words(tiny_world, folder, *layout), tmp_path / "logs")
+    try:
+        ended = [rank.wait(600).check() for rank in started]
+    finally:
+        for rank in started:
+            rank.kill()
+    assert "going on from" in ended[0].output
     unbroken, resumed = read_metrics(trained.folder), read_metrics(folder)
     assert sorted(resumed) == sorted(unbroken)
     for step, line in unbroken.items():

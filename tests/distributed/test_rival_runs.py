@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests import launching, tiny
 
-pytestmark = pytest.mark.timeout(500)
+pytestmark = pytest.mark.timeout(1200)
 
 RIVALS = {
     "attention": "pool.selection=attention",
@@ -30,7 +30,7 @@ def folder(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> P
     out = tmp_path_factory.mktemp("rivals")
     launching.run_ranks(2, "tests.distributed.rival_worker",
                         [tiny_world.config_file, out, *(f"{name}:{words}" for name, words in RIVALS.items())], out,
-                        seconds=450)
+                        seconds=1100)
     for rank in range(2):
         codes = json.loads((out / f"codes-{rank}.json").read_text())
         assert set(codes) == set(RIVALS) and not any(code for row in codes.values() for code in row)

@@ -58,7 +58,7 @@ def run(config: Config, interface: str) -> dict[str, object]:
 def main() -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{os.environ['STORE']}", rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=120))
+        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=300))
     torch.set_num_threads(1)
     config_file, out, interface, *scenarios = sys.argv[1:]
     found = {}

@@ -14,7 +14,7 @@ from listen_dist.engine.step import train_step
 from listen_dist.structures import LoaderState
 from tests import tiny
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
 
 STEPS = 6
 

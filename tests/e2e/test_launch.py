@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from listen_dist.tasks import TASKS
 from tests import launching, tiny
 from tests.fixtures import TrainedRun
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1500)
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:
@@ -31,7 +32,7 @@ def test_other_launchers_train(tiny_world: tiny.Tiny, trained: TrainedRun, tmp_p
     """Two steps; the first two losses are those of the `deepspeed` launch, since the global batches are."""
     command = [*launching.command(launcher, launching.TRAIN, ranks), "--config", tiny_world.config_file,
                f"run_dir={tmp_path / 'run'}", "train.batches_per_step=2", "train.max_steps=2", *more]
-    output = launching.run(command, 150).check().output
+    output = launching.run(command, 600).check().output
     assert "step 2/2 | loss" in output and f"rank {ranks - 1} of {ranks} holds" in output and "done." in output
     ours, theirs = ([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()][:2]
                     for folder in (tmp_path / "run", trained.folder))
@@ -55,7 +56,7 @@ def evaluate(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> E
         out = tmp_path_factory.mktemp("results") / "out"
         command = [*launching.command(launcher, launching.EVALUATE, ranks), "--config", trained.folder / "config.yaml",
                    "--out", out, *more]
-        return out, launching.run(command, 150).check().output
+        return out, launching.run(command, 600).check().output
 
     return run
 
@@ -112,3 +113,11 @@ def test_beams(greedy: tuple[Path, str], evaluate: Evaluate) -> None:
     assert len(found) == 5
     by_id = {row["id"]: row for row in predictions(greedy[0])}
     assert all(row["prompts"] == by_id[row["id"]]["prompts"] for row in found)
+
+
+@pytest.mark.parametrize("script", [launching.TRAIN, launching.EVALUATE])
+def test_help_imports_nothing_heavy(script: str) -> None:
+    code = (f"import runpy, sys\nsys.argv = [{script!r}, '--help']\n"
+            f"try: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+            "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy'\n")
+    assert "--config" in launching.run([sys.executable, "-c", code], 60).check().output

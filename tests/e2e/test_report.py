@@ -13,22 +13,26 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from listen_dist import evaluate
-from listen_dist.evaluation import report
+from listen_dist.evaluation import figures, report
 from tests.browser import open_tab
 from tests.fixtures import TrainedRun
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
 def run(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The trained tiny run, evaluated and reported on."""
+    """The trained tiny run, evaluated with a report, and reported on once more."""
     folder = tmp_path_factory.mktemp("report") / "run"
     shutil.copytree(trained.folder, folder)
     before = dict(os.environ)
     words = ["--config", str(folder / "config.yaml"), "--out", str(folder), f"run_dir={folder}",
-             "parallel.llm=replicated"]
+             "parallel.llm=replicated", "eval.report=true", "tracking.mlflow=true"]
     assert evaluate.main(words) == 0
+    assert (folder / "report/report.html").is_file()
+    assert MlflowClient(f"sqlite:///{folder.parent / 'mlflow.db'}").list_artifacts(
+        (folder / "mlflow_run_id").read_text(), "report")
+    shutil.copy(folder / "report/report.json", folder / "first.json")
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("mlflow: false", "mlflow: true").replace(str(trained.folder),
                                                                                           str(folder)))
@@ -101,12 +105,29 @@ def test_the_json_is_what_the_predictions_say(run: Path, numbers: dict[str, Any]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert numbers["training"]["steps"] == list(range(1, 13))
     assert numbers["training"]["effective"]["all"] == [line["effective_prompts"] for line in lines]
+    assert numbers["training"]["unused"]["asr"] == [line.get("unused_prompts_asr") for line in lines]
     assert set(numbers["training"]["effective"]) == {"all", "asr", "caption", "language_id", "speech_qa"}
     by_id = {row["id"]: row for row in rows}
     for clip in numbers["clips"]:
         assert [entry["prompt"] for entry in clip["prompts"]] == by_id[clip["id"]]["prompts"]
     assert len(numbers["map"]["keys"]) == 10 and len(numbers["map"]["queries"]) == 7
     assert [len(row) for row in numbers["vocabulary"]] == [5] * 10
+
+
+def test_a_report_by_itself_is_that_of_the_evaluation(run: Path, numbers: dict[str, Any]) -> None:
+    first = json.loads((run / "first.json").read_text())
+    assert len(first.pop("clips")) == 6  # three a task where there are so many
+    assert first == {key: value for key, value in numbers.items() if key != "clips"}
+
+
+@pytest.mark.parametrize("missing", [{"map": None}, {"training": {"steps": [], "effective": {}, "unused": {}}},
+                                     {"overlap": {"tasks": ["asr"], "jaccard": [[0.5]]}}])
+def test_a_figure_that_cannot_be_drawn_is_left_out(numbers: dict[str, Any], missing: dict[str, Any]) -> None:
+    """As of a pool without keys, a run without a log, a split of one task."""
+    data = {**numbers, **missing, "clips": []}
+    (name,) = missing
+    assert f'id="{name}"' in report.render(numbers | {"clips": []}, figures.draw_all(numbers))
+    assert f'id="{name}"' not in report.render(data, figures.draw_all(data))
 
 
 def test_files_lie_beside_and_in_mlflow(run: Path) -> None:

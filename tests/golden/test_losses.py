@@ -11,7 +11,7 @@ import pytest
 from tests import tiny
 from tests.golden import regenerate
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 
 
 def test_the_loss_curve_is_the_committed_one(tiny_world: tiny.Tiny, tmp_path: Path) -> None:

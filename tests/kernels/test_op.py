@@ -107,6 +107,34 @@ def test_compile(backend: Backend, case: Case) -> None:
             torch.testing.assert_close(x, y)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here; test_aot.py shows what a graph asks")
+@pytest.mark.parametrize("pool", [50, 140, 5000])
+def test_cuda_graph(pool: int) -> None:
+    """Captured once, forward and backward; replayed on other numbers it gives what a call gives."""
+    case, other = (make_case(3, 4, 20, pool, 5, seed=seed, device="cuda") for seed in (0, 1))
+    leaves = [x.requires_grad_() for x in (case.context, case.keys, case.values)]
+
+    def both() -> tuple[Tensor, ...]:
+        match = topk_match(leaves[0], case.mask, leaves[1], leaves[2], 5, backend="triton")
+        return *match, *torch.autograd.grad(match.prompts.square().sum() + match.match_loss, leaves)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        both()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    with torch.no_grad():
+        for leaf, x in zip(leaves, (other.context, other.keys, other.values), strict=True):
+            leaf.copy_(x)
+        case.mask.copy_(other.mask)
+    graph.replay()
+    found = [x.clone() for x in captured]
+    assert all(torch.equal(x, y) for x, y in zip(found, both(), strict=True))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoint(backend: Backend, reentrant: bool, case: Case) -> None:
     def checkpointed(*args: object) -> Tensor:

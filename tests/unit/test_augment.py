@@ -12,14 +12,15 @@ import soundfile
 import torch
 from transformers import WhisperFeatureExtractor
 
-from listen_dist.data.augment import Augmenter, add_noise, read_stretch, reverberate
+from listen_dist.data.augment import Augmenter, SoundShards, add_noise, open_sounds, read_stretch, reverberate
 from listen_dist.data.features import LogMel
 from listen_dist.data.loader import BatchReader
 from listen_dist.data.mixture import SampleRef
+from listen_dist.data.shard_members import ShardError
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.models.llm import load_tokenizer
-from listen_dist.schema import AugmentConfig, ConfigError
+from listen_dist.schema import AugmentConfig, ConfigError, DataConfig
 from tests import tiny
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("one_thread")]
@@ -168,7 +169,7 @@ def test_log_mel_is_that_of_the_library(tiny_world: tiny.Tiny, samples: int) -> 
     wave = tiny.sound(3.0, 5)[:samples]
     padded = np.pad(wave, (0, max(0, 400 - samples)))
     expected = extractor(padded, sampling_rate=RATE, padding=False, truncation=False, return_tensors="np")
-    assert np.array_equal(LogMel(extractor)(wave).numpy(), expected["input_features"][0])
+    np.testing.assert_allclose(LogMel(extractor)(wave).numpy(), expected["input_features"][0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -182,6 +183,31 @@ def test_log_mel_is_that_of_the_library(tiny_world: tiny.Tiny, samples: int) -> 
 def test_what_makes_no_sense_is_refused(tiny_world: tiny.Tiny, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny_world.config(*words)
+
+
+def test_noise_and_rooms_may_come_in_shards(sounds: Path, tmp_path: Path) -> None:
+    lengths = [0.3, 2.0, 0.5, 1.1]
+    index = tiny.write_set(tmp_path / "set", tiny.sound_records(4), per_shard=3, seconds=lengths)
+    noises = open_sounds("data.augment.noise", str(tmp_path / "set"), DataConfig())
+    assert isinstance(noises, SoundShards) and len(noises) == 4
+    waves = [index.read_sample(shard, row).waveform for shard, row in ((0, 0), (0, 1), (0, 2), (1, 0))]
+    random, seen = np.random.default_rng(0), set()
+    for _ in range(60):
+        drawn = noises.whole(random, 5.0)
+        seen |= {i for i, wave in enumerate(waves) if np.array_equal(wave, drawn)}
+    assert seen == {0, 1, 2, 3}
+    for _ in range(20):  # a stretch lies in one of the sounds; a short one is repeated
+        drawn = noises.stretch(8_000, random)
+        assert drawn.shape == (8_000,) and drawn.dtype == np.float32
+        assert any(np.array_equal(drawn[: len(wave)], wave) if len(wave) < 8_000 else
+                   drawn.tobytes() in wave.tobytes() for wave in waves if wave is not None)
+    wave = tiny.sound(1.0, 1)
+    both = AugmentConfig(noise=str(tmp_path / "set"), reverb=str(tmp_path / "set"))
+    assert not np.array_equal(augmented(both, wave), wave)
+    assert np.array_equal(augmented(both, wave), augmented(both, wave))
+    assert not np.array_equal(augmented(both, wave), augmented(both, wave, epoch=1))
+    with pytest.raises(ShardError, match=r"nowhere/index\.json: no such index"):
+        open_sounds("data.augment.noise", f"{{{tmp_path}/nowhere,{tmp_path}/set}}", DataConfig())
 
 
 def test_folders_without_audio_are_refused(tmp_path: Path) -> None:

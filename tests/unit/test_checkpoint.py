@@ -27,7 +27,7 @@ from listen_dist.structures import LoaderState
 from tests import tiny
 from tests.unit.test_engine import trainables
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 
 
 def trained(seed: int = 0) -> tuple[nn.ModuleDict, torch.optim.AdamW]:

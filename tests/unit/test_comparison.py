@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,15 @@ def test_the_table(tiny_world: tiny.Tiny, tmp_path: Path) -> None:
     lines = run_comparison.markdown(table).splitlines()
     assert lines[2] == "| other | 1 | 12 | 45 | 4 | 8.0 | 0.300 [0.200, 0.400] | 1.00 |"
     assert lines[3].startswith("| tiny | 2 | 12 | 45 | 4 | 8.0 | 0.600 [")
+
+
+def test_the_makefiles_command_is_understood() -> None:
+    lines = subprocess.run(["make", "-n", "comparison", "STEPS=7", "SEEDS=0 3"], cwd=CONFIGS.parent, text=True,
+                           capture_output=True, check=True, timeout=60).stdout.replace("\\\n", " ").splitlines()
+    (line,) = (line for line in lines if "run_comparison.py" in line)
+    arguments = run_comparison.parse_arguments(shlex.split(line.partition("run_comparison.py")[2]))
+    assert arguments.seeds == [0, 3] and arguments.top_k == [1, 2, 8] and arguments.ranks == 2
+    assert arguments.words == ["configs/rivals/*.yaml", "configs/ablations/*.yaml", "train.max_steps=7"]
 
 
 def test_done_is_the_same_config_to_its_end(tiny_world: tiny.Tiny, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from listen_dist.schema import Config, ConfigError
 from tests import tiny
 from tests.launching import ROOT
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 BASE = {"run_dir": "r", "model": {"llm": "a/b", "speech_encoder": "c/d"}, "data": {"train": [{"path": "x"}]}}
 

@@ -20,7 +20,7 @@ from listen_dist.models.prompt_pool import PromptPool
 from listen_dist.schema import PoolConfig, ProjectorConfig, TrainConfig
 from listen_dist.structures import Batch, ModelOutput, SkippedSample
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 
 
 def trainables(seed: int = 0) -> nn.ModuleDict:
@@ -149,6 +149,7 @@ def test_the_meter_reports_means_over_tokens_and_rows() -> None:
     assert metrics["padding_share"] == pytest.approx(1 / 3)
     assert metrics["skipped_samples"] == 3 and metrics["skipped_steps"] == 1
     assert metrics["effective_prompts"] == pytest.approx(effective_number([2, 3, 0, 1]))
+    assert metrics["unused_prompts"] == 0.25 and metrics["unused_prompts_caption"] == 0.5
     assert metrics["waiting_share"] > 0 and metrics["clips_per_second"] > 0
     after = meter.report()
     assert after["loss"] == 0 and after["effective_prompts"] == 0 and after["skipped_samples"] == 3

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from listen_dist.engine.zero3 import FrozenLinear
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])

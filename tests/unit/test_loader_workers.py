@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import re
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
 from torch.utils.data import Dataset
 
+from listen_dist import evaluate, train
 from listen_dist.data.collate import collate
 from listen_dist.data.features import LogMel
-from listen_dist.data.loader import BatchReader, _batches, training_steps
+from listen_dist.data.loader import BatchReader, LoaderError, _batches, training_steps
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.remote import SourceError
 from listen_dist.data.schedule import TokenCost
@@ -20,7 +27,7 @@ from listen_dist.data.text import TextEncoder
 from listen_dist.models.llm import load_tokenizer
 from listen_dist.schema import SetConfig
 from listen_dist.structures import Batch, LoaderState
-from tests import tiny
+from tests import launching, tiny
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("one_thread")]
 
@@ -53,6 +60,48 @@ def test_a_raising_worker_is_an_error_with_its_message_first_then_its_traceback_
         for place, _ in enumerate(endless(0)):
             assert place < BAD
     assert not psutil.wait_procs(children(), timeout=30)[1]
+
+
+def test_a_killed_worker_is_an_error_with_a_traceback_and_no_hang(tmp_path: Path) -> None:
+    # A program of its own: torch tells of a dead worker by a signal, which would hit whatever test runs then.
+    log = tmp_path / "log"
+    process = launching.start([sys.executable, "-m", "tests.unit.killed_loader", "worker"], log)
+    family: list[psutil.Process] = []
+    end = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += [child for child in psutil.Process(process.pid).children() if child not in family]
+        time.sleep(0.05)
+    ended = launching.wait(process, log, 1)
+    assert ended.code == 1 and "Traceback" in ended.output
+    assert re.search(r"(?s)LoaderError: DataLoader worker .*(killed|exited).*\nA loader process died\.", ended.output)
+    assert len(family) >= 2 and not psutil.wait_procs(family, timeout=60)[1], "processes outlive the program"
+
+
+def test_workers_end_with_a_trainer_that_is_killed_while_they_start(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = launching.start([sys.executable, "-m", "tests.unit.killed_loader", "trainer"], log)
+    ended = launching.wait(process, log, 200)
+    assert ended.code == -9
+    left = [psutil.Process(int(pid)) for pid in ended.output.split() if psutil.pid_exists(int(pid))]
+    assert len(ended.output.split()) == 2 and not psutil.wait_procs(left, timeout=150)[1]
+
+
+@pytest.mark.parametrize(("program", "part"), [(train, "run_program"), (evaluate, "evaluate")])
+@pytest.mark.parametrize("kind", [RuntimeError, LoaderError])
+def test_programs_tell_of_a_killed_worker_in_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                                  program: ModuleType, part: str, kind: type[RuntimeError]) -> None:
+    said = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    error = said if kind is RuntimeError else LoaderError.of(said)
+    assert error is not None
+
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(program, "parse_arguments", lambda _: ())
+    monkeypatch.setattr(program, part, fail)
+    assert program.main([]) == 2
+    assert re.search(r"(?m)^error: DataLoader worker .*killed.*\nA loader process died", capsys.readouterr().err)
 
 
 def test_memory_does_not_grow_with_the_number_of_batches(tiny_world: tiny.Tiny) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from sklearn.metrics import roc_curve
 
+from listen_dist.evaluation import captions
 from listen_dist.evaluation.metrics import (
     bleu_scores,
     caption_scores,
@@ -18,7 +19,7 @@ from listen_dist.evaluation.metrics import (
     wer_scores,
 )
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 def edits(a: list[str], b: list[str]) -> int:
@@ -77,6 +78,7 @@ def test_accuracy_weighted_and_not() -> None:
     scores = choice_scores(["Yes!", "no", "yes", "maybe"], ["yes", "yes", "yes", "no"])
     assert scores["accuracy"] == 0.5
     assert scores["unweighted_accuracy"] == pytest.approx((2 / 3 + 0) / 2)
+    assert choice_scores(["+", " - "], ["-", "-"])["accuracy"] == 0.5  # no word in them, but not alike
 
 
 @settings(max_examples=100, deadline=None)
@@ -102,8 +104,19 @@ def test_bleu_and_chinese() -> None:
     assert bleu_scores(["the cat sat on the mat"], ["the cat sat on the mat"])["bleu"] == pytest.approx(100)
     assert bleu_scores(["我喜欢学习中文"], ["我喜欢学习中文"], "zh")["bleu"] == pytest.approx(100)
     assert bleu_scores(["a dog ran"], ["the cat sat on the mat"])["bleu"] < 10
+    said, meant = ["我喜欢学习中文", "好"], ["我喜欢学中文", "好"]
+    assert bleu_scores(said, meant) == bleu_scores(said, meant, "zh") != bleu_scores(said, meant, "13a")
+    said, meant = ["hello, my friend at sea"], ["hello, my friend at 海"]  # half of the texts is not most
+    assert bleu_scores(said * 2, meant + said) == bleu_scores(said * 2, meant + said, "13a")
 
 
+@pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tools are tested in test_captions.py; each start of one takes seconds."""
+    monkeypatch.setattr(captions.shutil, "which", lambda name: None)
+
+
+@pytest.mark.usefixtures("no_java")
 def test_cider_prefers_the_reference() -> None:
     references = [["a dog barks loudly", "a dog is barking"], ["rain falls on a roof", "rain on the roof"],
                   ["a door slams shut", "someone slams a door"]]
@@ -120,3 +133,18 @@ def test_lengths_must_agree(score: object) -> None:
     for hypotheses, references in ((["a"], ["a", "b"]), ([], [])):
         with pytest.raises(ValueError, match="expected as many of each"):
             score(hypotheses, references)  # type: ignore[operator]
+
+
+@pytest.mark.usefixtures("no_java")
+def test_silence_is_scored_and_references_of_another_kind_are_refused() -> None:
+    """A text in the place of a list would be read letter by letter."""
+    assert wer_scores(["", ""], ["a b", "c"])["wer"] == 1 and bleu_scores(["", ""], ["a b", "c"])["bleu"] == 0
+    assert choice_scores(["", ""], ["yes", "no"])["accuracy"] == 0
+    assert set(caption_scores(["", ""], [["a b"], ["c"]]).values()) == {0.0}
+    for references in (["a dog", "rain"], [["a dog"], []], [["a dog"], ()]):
+        with pytest.raises(ValueError, match="expected a list of one or more texts"):
+            caption_scores(["a dog", "rain"], references)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reference 0 is .*; expected one text"):
+        bleu_scores(["a dog"], [["a dog"]])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="found one text"):
+        wer_scores("a dog", "a dog")

@@ -117,6 +117,20 @@ def test_too_many_sentences_asked_for() -> None:
         speech.choose_clips([made_up()], 9999, set())
 
 
+PROMPTS = ["press one to leave the menu", "press two to hear the message", "to hear the menu press one"]
+
+
+def test_recombined_sentences_take_the_prompts_words_in_a_new_order() -> None:
+    pairs = {pair for prompt in PROMPTS for pair in zip(["", *prompt.split()], [*prompt.split(), ""], strict=True)}
+    found = speech.recombined(PROMPTS, 6, set(PROMPTS))
+    assert len(set(found)) == 6 and not set(found) & set(PROMPTS)
+    for text in found:
+        assert set(zip(["", *text.split()], [*text.split(), ""], strict=True)) <= pairs
+    assert speech.recombined(PROMPTS, 3, set(PROMPTS)) == found[:3]
+    with pytest.raises(PrepareError, match="--recombined 1000: the prompts give"):
+        speech.recombined(PROMPTS, 1000, set(PROMPTS))
+
+
 @pytest.mark.parametrize(
     ("rename", "name", "target"),
     [

@@ -12,7 +12,7 @@ from listen_dist.models.projector import Projector, build_projector
 from listen_dist.models.prompt_pool import PromptPool
 from listen_dist.schema import PoolConfig, ProjectorConfig
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 
 WIDTH, LLM_WIDTH, STD = 24, 40, 0.15
 KINDS = {"mlp": ProjectorConfig("mlp", window=0.1, hidden=16),

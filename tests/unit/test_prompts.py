@@ -11,6 +11,7 @@ import pytest
 from sklearn.decomposition import PCA
 
 from listen_dist.evaluation import prompts
+from listen_dist.evaluation.figures import labels_of
 
 TASKS = ["asr", "asr", "asr", "caption", "caption", "qa"]
 SETS = [(0, 1), (1, 0), (2, 0), (3, 1), (3, 4), (5, 0)]
@@ -97,9 +98,14 @@ def test_the_verdict_names_the_state(monkeypatch: pytest.MonkeyPatch, state: str
     assert ("collapsed" in words) == (state == "collapsed")
 
 
+def test_keys_in_one_place_share_a_label() -> None:
+    keys = np.array([[0.0, 0.0], [1.0, 0.5], [0.001, 0.0], [0.0, 0.5]])
+    assert labels_of(keys, np.array([1.0, 0.5])) == [(0, 0, "0, 2"), (1, 0.5, "1"), (0, 0.5, "3")]
+
+
 def test_the_verdict_counts() -> None:
     summary, overlap = pool_where([(0, 1)] * 40, HALVES)
     assert prompts.verdict("similarity", 2, summary, overlap)[1].startswith(
         "The pool has collapsed: nearly every clip gets the same 2 prompts. 2.0 of 10 prompts are effectively in use "
-        "at k = 2; 8 were never picked.")
+        "at k = 2; 2 are in front of every clip, 8 were never picked.")
     assert prompts.verdict("fixed", 10, summary, overlap)[0] == "not chosen"

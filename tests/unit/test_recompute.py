@@ -12,7 +12,7 @@ from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import Parts, assemble
 from tests import tiny
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 
 REFS = [SampleRef(0, 0, row) for row in range(4)]
 

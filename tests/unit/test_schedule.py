@@ -56,6 +56,11 @@ class PlainIndex:
     def samples(self) -> int:
         return int(self.counts.sum())
 
+    @property
+    def tasks(self) -> dict[str, int]:
+        tables = [self.shard_table(shard) for shard in range(len(self.counts))]
+        return dict(sorted(Counter(task for table in tables for task in table.tasks).items()))
+
     def shard_table(self, shard: int) -> PlainTable:
         random = np.random.default_rng([self.seed, shard])
         count = self.counts[shard]
@@ -237,6 +242,14 @@ def test_limits_leave_out_what_they_say() -> None:
         for epoch in range(2):
             drawn = [order.at(epoch * len(left) + i) for i in range(len(left))]
             assert sorted(drawn) == [(*place, epoch) for place in left]
+    of_task = [(shard, row) for shard in range(3) for row, task in enumerate(index.shard_table(shard).tasks)
+               if task == "caption"]
+    order = SetOrder(index, 1, SetConfig("set", task="caption"))
+    assert sorted(order.at(i)[:2] for i in range(order.samples)) == of_task and 10 < len(of_task) < 62
+    both = set(of_task) & set(short)
+    assert SetOrder(index, 1, SetConfig("set", task="caption", max_seconds=4)).samples == len(both)
+    with pytest.raises(ShardError, match="holds no sample of task = 'speech', only of asr, caption"):
+        SetOrder(index, 1, SetConfig("set", task="speech"))
     # The share is of what is drawn, so that a limit does not change the mix.
     mix = Mixture([index, index_of(50, seed=1)], [SetConfig("a", 1, max_seconds=4), SetConfig("b", 3)], 0)
     assert mix.drawn(400).tolist() == [100, 300]

@@ -6,7 +6,7 @@ import pytest
 
 from listen_dist.evaluation.predictions import Prediction
 from listen_dist.evaluation.results import table
-from listen_dist.evaluation.scoring import baseline_for, entry_for, score_task, tokenizer_for
+from listen_dist.evaluation.scoring import baseline_for, entry_for, score_task
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -61,7 +61,6 @@ def test_questions_with_free_answers_are_scored_as_text() -> None:
 
 
 def test_chinese_is_split_as_chinese() -> None:
-    assert tokenizer_for(["我喜欢学习中文", "好"]) == "zh" and tokenizer_for(["hello", "我 is a word"]) == "13a"
     scores = score_task("translation", rows("translation", ["我喜欢学习中文"], [("我喜欢学习中文",)]))
     assert scores.figures["bleu"].value == pytest.approx(100)
     assert "tok:zh" in scores.computed_by["bleu"] and "version:" in scores.computed_by["chrf"]

@@ -1,7 +1,7 @@
 """Speak short English sentences with the free voices of flite and write manifests for `asr`.
 
     python tools/prepare/synthetic_speech.py
-    python tools/prepare/synthetic_speech.py --sentences 3000 --workers 8
+    python tools/prepare/synthetic_speech.py --sentences 3000 --recombined 3000 --workers 8
     python tools/prepare/synthetic_speech.py --out /data/manifests --recordings /data/recordings
 
 The voices (kal16, slt, rms; awb for the test alone) are those of Debian's flite and libflite1, the
@@ -10,6 +10,9 @@ asr_synthetic.{train,test}.jsonl and 16 kHz WAV files in <recordings>/synthetic/
 splits, nor in the telephone prompts' asr manifests where those lie in --out. Which sentences, which voice and
 how fast follows from md5 of the text, so a smaller run is a part of a bigger one, the manifests come out the
 same bytes every time, and a run that was stopped goes on where it was.
+
+`--recombined` adds sentences that go from word to word as the telephone prompts to train on do: their words in
+new orders, which can't be known by heart.
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ import os
 import re
 import subprocess
 import wave
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from debian_packages import fetch_files
@@ -38,6 +42,8 @@ from listen_dist.structures import SAMPLE_RATE, Record
 FOLDER = "synthetic"
 TRAIN_VOICES, TEST_VOICE = ("kal16", "rms", "slt"), "awb"
 TEST_SENTENCES = 60
+MAX_RECOMBINED = 14
+"""Words of a recombined sentence; the prompts go on for longer."""
 MIN_WORDS, MAX_WORDS = 2, 10
 LONG_WORDS = 9
 """Of the sentences this long half are left out, which brings the mean from 2.3 s to 2.2 s."""
@@ -97,17 +103,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sentences", type=int, default=2000, help="clips to train on (default: 2000)")
+    parser.add_argument(
+        "--recombined", type=int, default=0, help="clips more, of the telephone prompts' words (default: 0)"
+    )
     parser.add_argument("--out", type=Path, default=Path("assets/manifests"), help="folder for the manifests")
     parser.add_argument(
         "--recordings", type=Path, default=Path("assets/recordings"), help="folder for the audio"
     )
     parser.add_argument("--workers", type=int, default=2, help="clips spoken at a time (default: 2)")
     options = parser.parse_args()
-    if options.sentences < 1 or options.workers < 1:
-        raise PrepareError("--sentences and --workers are numbers above 0")
+    if options.sentences < 1 or options.workers < 1 or options.recombined < 0:
+        raise PrepareError("--sentences and --workers are numbers above 0, --recombined is no negative one")
     recordings, out = options.recordings.resolve(), options.out.resolve()
     _fetch(recordings)
-    clips = choose_clips(read_texts(recordings / FOLDER / "fortunes"), options.sentences, known_sentences(out))
+    known = known_sentences(out)
+    clips = choose_clips(read_texts(recordings / FOLDER / "fortunes"), options.sentences, known)
+    if options.recombined:
+        clips += [_train_clip(text) for text in recombined(training_prompts(out), options.recombined, known)]
     records = speak_all(clips, recordings / FOLDER, options.workers)
     print(f"{'task':<16}{'split':<7}{'records':>8}{'hours':>8}{'mean s':>8}  voices")
     for split in ("train", "test"):
@@ -188,11 +200,47 @@ def choose_clips(texts: Iterable[str], count: int, known: set[str]) -> list[Clip
         raise PrepareError(
             f"--sentences {count}: the texts hold {len(rest)} clean sentences; ask for no more"
         )
-    train = [
-        Clip(text, TRAIN_VOICES[digest(f"voice/{text}") % len(TRAIN_VOICES)], "train")
-        for text in rest[:count]
-    ]
-    return [Clip(text, TEST_VOICE, "test") for text in held] + train
+    return [Clip(text, TEST_VOICE, "test") for text in held] + [_train_clip(text) for text in rest[:count]]
+
+
+def _train_clip(text: str) -> Clip:
+    return Clip(text, TRAIN_VOICES[digest(f"voice/{text}") % len(TRAIN_VOICES)], "train")
+
+
+def training_prompts(manifests: Path) -> list[str]:
+    """Return the transcripts of the telephone prompts to train on.
+
+    Raises:
+        PrepareError: their manifest is not there.
+    """
+    path = manifests / "asr.train.jsonl"
+    if not path.is_file():
+        raise PrepareError(f"{path} is missing, whose words --recombined takes; run phone_prompts.py first")
+    return [record.target for record in read_manifest(path)]
+
+
+def recombined(prompts: Sequence[str], count: int, known: set[str]) -> list[str]:
+    """Return `count` sentences that are a chain of the prompts' word pairs, none of them a known sentence.
+
+    Raises:
+        PrepareError: the prompts give fewer.
+    """
+    following: dict[str, list[str]] = defaultdict(list)
+    for prompt in prompts:
+        for word, after in pairwise(["", *prompt.split(), ""]):
+            following[word].append(after)
+    found: dict[str, str] = {}
+    for turn in range(50 * count):
+        words = [""]
+        while len(words) == 1 or words[-1]:
+            choices = following[words[-1]]
+            words.append(choices[digest(f"recombined/{turn}/{len(words)}") % len(choices)])
+        text = " ".join(words[1:-1])
+        if MIN_WORDS <= len(words) - 2 <= MAX_RECOMBINED and normalise(text) not in known:
+            found.setdefault(normalise(text), text)
+        if len(found) == count:
+            return list(found.values())
+    raise PrepareError(f"--recombined {count}: the prompts give {len(found)} sentences; ask for no more")
 
 
 def clean_sentences(texts: Iterable[str]) -> list[str]:
