@@ -12,7 +12,7 @@ export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo c
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-SETS := asr language_id speaker_verification speech_qa caption
+SETS := asr asr_synthetic language_id speaker_verification speech_qa caption
 SHARD = $(BIN)/python tools/shard_dataset.py --separate --overwrite --features speech \
   --speech-encoder assets/models/whisper-tiny.en --workers $(RANKS)
 .PHONY: help setup models recordings shards train evaluate quickstart demo try comparison report test test-tools faults ledger lint clean
@@ -31,9 +31,10 @@ $(VENV)/installed: setup.cfg pyproject.toml
 models: setup  ## the demo LLM and speech encoder
 	$(BIN)/python tools/get_demo_models.py
 
-recordings: setup  ## recorded prompts and sound effects, and their manifests
+recordings: setup  ## recorded prompts, sound effects, synthetic speech, and their manifests
 	$(BIN)/python tools/prepare/phone_prompts.py
 	$(BIN)/python tools/prepare/sound_effects.py
+	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 1000 --recombined 2000 --workers $(RANKS)
 
 shards: models recordings  ## manifests to tar shards with stored encoder features
 	$(SHARD) $(SETS:%=assets/manifests/%.*.jsonl) assets/shards
@@ -50,9 +51,9 @@ quickstart: evaluate  ## all of it, from nothing to a table of results
 	@echo "Curves:  $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"
 	@echo "Next:    the README's section 'Going on'."
 
-demo: shards  ## train configs/demo_full.yaml, longer and with synthetic speech, and score it
-	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 3600 --recombined 3600
-	$(SHARD) assets/manifests/asr_synthetic.*.jsonl assets/shards
+demo: shards  ## train configs/demo_full.yaml, longer and with more synthetic speech, and score it
+	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 3600 --recombined 3600 --name asr_synthetic_full
+	$(SHARD) assets/manifests/asr_synthetic_full.*.jsonl assets/shards
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/demo_full.yaml
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/demo_full.yaml
 

@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument(
         "--recombined", type=int, default=0, help="clips more, of the telephone prompts' words (default: 0)"
     )
+    parser.add_argument("--name", default="asr_synthetic", help="of the set, in its manifests' names")
     parser.add_argument("--out", type=Path, default=Path("assets/manifests"), help="folder for the manifests")
     parser.add_argument(
         "--recordings", type=Path, default=Path("assets/recordings"), help="folder for the audio"
@@ -121,14 +122,14 @@ def main() -> None:
     if options.recombined:
         clips += [_train_clip(text) for text in recombined(training_prompts(out), options.recombined, known)]
     records = speak_all(clips, recordings / FOLDER, options.workers)
-    print(f"{'task':<16}{'split':<7}{'records':>8}{'hours':>8}{'mean s':>8}  voices")
+    print(f"{'set':<20}{'split':<7}{'records':>8}{'hours':>8}{'mean s':>8}  voices")
     for split in ("train", "test"):
         group = [record for record in records if record.split == split]
-        write_manifest(out / f"asr_synthetic.{split}.jsonl", group)
+        write_manifest(out / f"{options.name}.{split}.jsonl", group)
         seconds = sum(record.duration or 0.0 for record in group)
         voices = ", ".join(f"{name} {n}" for name, n in sorted(Counter(r.speaker for r in group).items()))
         mean = seconds / len(group)
-        print(f"{'asr_synthetic':<16}{split:<7}{len(group):>8}{seconds / 3600:>8.2f}{mean:>8.2f}  {voices}")
+        print(f"{options.name:<20}{split:<7}{len(group):>8}{seconds / 3600:>8.2f}{mean:>8.2f}  {voices}")
 
 
 # --- fetch ------------------------------------------------------------------------------------------
