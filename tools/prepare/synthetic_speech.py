@@ -120,6 +120,7 @@ def main() -> None:
     known = known_sentences(out)
     clips = choose_clips(read_texts(recordings / FOLDER / "fortunes"), options.sentences, known)
     if options.recombined:
+        known |= {normalise(clip.text) for clip in clips}
         clips += [_train_clip(text) for text in recombined(training_prompts(out), options.recombined, known)]
     records = speak_all(clips, recordings / FOLDER, options.workers)
     print(f"{'set':<20}{'split':<7}{'records':>8}{'hours':>8}{'mean s':>8}  voices")
