@@ -33,6 +33,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint, or run folder (its newest one)")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must not be there yet")
     parser.add_argument("--results", type=Path, help="results.json of this checkpoint, for the model card")
+    parser.add_argument("--notes", type=Path, metavar="FILE",
+                        help="Markdown for the end of the model card: the data it learned from, their licences")
     parser.add_argument("--half", action="store_true", help="store float16: half the size")
     parser.add_argument("--llm", help="where the LLM lies here, if not where it was in training")
     parser.add_argument("--speech-encoder", help="the same for the speech encoder")
@@ -53,10 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         encoders = {"speech_encoder": load_speech_encoder(config.model.speech_encoder, torch.float32).fingerprint}
         if config.model.audio_encoder:
             encoders["audio_encoder"] = load_audio_encoder(config.model.audio_encoder, torch.float32).fingerprint
-        predictions = arguments.results.with_name("predictions.jsonl") if arguments.results else None
+        # results.json goes with predictions.jsonl, results.dev.json with predictions.dev.jsonl
+        predictions = arguments.results and arguments.results.with_name(
+            f"{arguments.results.name.replace('results', 'predictions', 1)}l")
+        notes = arguments.notes.read_text() if arguments.notes else ""
         usage = usage_by_task(config.pool, read_predictions(predictions)) if predictions and predictions.is_file() \
             else None
-        print(exports.write(source, arguments.out, encoders, config, results, arguments.half, usage))
+        print(exports.write(source, arguments.out, encoders, config, results, arguments.half, usage, notes))
         return 0
     except (ConfigError, CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

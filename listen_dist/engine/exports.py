@@ -140,7 +140,7 @@ def start_from(config: Config, trainable: nn.ModuleDict, encoders: Mapping[str, 
 
 
 def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, results: Mapping[str, Any] | None,
-          half: bool, usage: Mapping[str, list[float]] | None = None) -> Path:
+          half: bool, usage: Mapping[str, list[float]] | None = None, notes: str = "") -> Path:
     """Write an export of a checkpoint; the folder appears whole or not at all.
 
     Args:
@@ -150,6 +150,7 @@ def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, 
         results: of an evaluation of this checkpoint (results.json), for the model card.
         half: store float16 instead of float32.
         usage: of the prompts by task, in the same evaluation (see `read_usage`).
+        notes: Markdown for the end of the model card.
 
     Raises:
         ConfigError: the folder is there already, or results of another checkpoint.
@@ -171,7 +172,7 @@ def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, 
                      train=replace(saved.train, eval_every=0),
                      data=replace(saved.data, train=[], dev=[], test=[], cache_dir=""))
     contents = {"trainables.safetensors": save(tensors), "config.yaml": configuration.to_yaml(shared).encode(),
-                "README.md": model_card(shared, step, tensors, frozen, results).encode()}
+                "README.md": (model_card(shared, step, tensors, frozen, results) + (notes and f"\n{notes}")).encode()}
     tree = {"format_version": 1, "step": step, "frozen": {key: vars(model) for key, model in frozen.items()},
             "usage": usage or {},
             "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}}

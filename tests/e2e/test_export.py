@@ -145,10 +145,11 @@ def test_the_card_has_the_figures_of_this_checkpoint(world: World, tmp_path: Pat
     file.write_text(json.dumps(results))
     row = {"id": "a", "task": "asr", "text": "", "answers": [""], "prompts": [3, 1, 4, 5], "scores": [0.2] * 4}
     file.with_name("predictions.jsonl").write_text(json.dumps(row) + "\n")
-    assert export.main(words) == 0
+    (tmp_path / "notes.md").write_text("## Licences\nall free\n")
+    assert export.main([*words, "--notes", str(tmp_path / "notes.md")]) == 0
     assert known_usage(tmp_path / "shared", PoolConfig(prompts=10)) == {"asr": [0, 1, 0, 1, 1, 1, 0, 0, 0, 0]}
-    assert "| asr | 7 | wer (lower is better) | 0.123 | 0.100 … 0.200 | 1.000 |" in (
-        tmp_path / "shared/README.md").read_text()
+    card = (tmp_path / "shared/README.md").read_text()
+    assert card.endswith("| asr | 7 | wer (lower is better) | 0.123 | 0.100 … 0.200 | 1.000 |\n\n## Licences\nall free\n")
 
 
 @pytest.mark.parametrize("name", ["trainables.safetensors", "config.yaml", "export.json"])
