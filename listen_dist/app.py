@@ -16,6 +16,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from listen_dist.inference.options import add_model
+
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m listen_dist.app", description=__doc__,
@@ -29,11 +31,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="longest recording (default 600)")
     parser.add_argument("--max-megabytes", type=float, default=50.0, metavar="M", help="largest file (default 50)")
     parser.add_argument("--top-k", type=int, metavar="K", help="prompts to pick (default: as trained)")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 …")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights (default: as trained)")
-    parser.add_argument("--llm", metavar="DIR", help="where the LLM lies here, if not where it was in training")
-    parser.add_argument("--speech-encoder", metavar="DIR", help="the same for the speech encoder")
-    parser.add_argument("--audio-encoder", metavar="FILE", help="the same for the audio encoder, if it has one")
+    add_model(parser)
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.port < 65536:
         parser.error("--port: must be 0 … 65535")

@@ -20,6 +20,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from listen_dist.inference.options import add_model
 from listen_dist.tasks import TASKS, get_task
 
 
@@ -43,11 +44,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "0.833 at 2, 0.926 at 1, within chance of each other: docs/inference.md")
     parser.add_argument("--batch-tokens", type=int, default=2048, metavar="N",
                         help="LLM input tokens of one batch (default 2048)")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 …")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights (default: as trained)")
-    parser.add_argument("--llm", metavar="DIR", help="where the LLM lies here, if not where it was in training")
-    parser.add_argument("--speech-encoder", metavar="DIR", help="the same for the speech encoder")
-    parser.add_argument("--audio-encoder", metavar="FILE", help="the same for the audio encoder, if it has one")
+    add_model(parser)
     arguments = parser.parse_args(argv)
     arguments.task = arguments.task or ("speech_qa" if arguments.instruction else "asr")
     arguments.choices = tuple(choice.strip() for choice in arguments.choices.split(",") if choice.strip())

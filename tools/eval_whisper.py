@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
+import numpy as np
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
@@ -87,7 +88,8 @@ def evaluate(config: Config, split: str, out: Path, batch: int) -> None:
 def groups(index: ShardIndex, size: int, max_seconds: float, skipped: list[SkippedSample],
            ) -> Iterator[list[AudioSample]]:
     """The transcription clips of a set, so many at a time; those that cannot be read are added to `skipped`."""
-    refs = [SampleRef(0, shard, row) for shard, count in enumerate(index.counts) for row in range(count)]
+    refs = [SampleRef(0, shard, row) for shard in range(len(index.counts))
+            for row in np.flatnonzero(index.shard_table(shard).tasks == TASK).tolist()]
     group: list[AudioSample] = []
     for ref in logs.progress(refs, f"transcribing {index.folder}"):
         try:
@@ -96,8 +98,7 @@ def groups(index: ShardIndex, size: int, max_seconds: float, skipped: list[Skipp
             skipped.append(SkippedSample(index.shard_table(ref.shard).ids[ref.row],
                                          str(index.folder / index.shards[ref.shard].name), str(error)))
             continue
-        if sample.record.task == TASK:
-            group.append(sample)
+        group.append(sample)
         if len(group) == size:
             yield group
             group = []

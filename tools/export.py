@@ -22,6 +22,7 @@ from listen_dist import config as configuration
 from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.checkpoint import CheckpointError
 from listen_dist.evaluation.predictions import read_predictions
+from listen_dist.inference.options import add_frozen_models
 from listen_dist.inference.usage import usage_by_task
 from listen_dist.models.beats import load_audio_encoder
 from listen_dist.models.encoders import load_speech_encoder
@@ -36,9 +37,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--notes", type=Path, metavar="FILE",
                         help="Markdown for the end of the model card: the data it learned from, their licences")
     parser.add_argument("--half", action="store_true", help="store float16: half the size")
-    parser.add_argument("--llm", help="where the LLM lies here, if not where it was in training")
-    parser.add_argument("--speech-encoder", help="the same for the speech encoder")
-    parser.add_argument("--audio-encoder", help="the same for the audio encoder, if it has one")
+    add_frozen_models(parser)
     return parser.parse_args(argv)
 
 

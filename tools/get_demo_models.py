@@ -110,7 +110,7 @@ def check_folders(out: Path, cache: Path, recordings: Path) -> bool:
     passed += [_report(partial(checks.whisper_transcribes, recording=clip), whisper) for clip in clips]
     if not clips:
         print(
-            f"not run  {whisper.folder}: no clip to write down below {recordings}; run make quickstart-data"
+            f"not run  {whisper.folder}: no clip to write down below {recordings}; run make recordings"
         )
     return all(passed)
 

@@ -28,6 +28,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -281,8 +282,9 @@ def _batches(reader: BatchReader, sampler: object, workers: int, pin_memory: boo
     others = multiprocessing.active_children()
     iterator = iter(loader)
     started = [child for child in multiprocessing.active_children() if child not in others]
+    at_exit = partial(_kill, started)
     if started:
-        atexit.register(_kill, started)
+        atexit.register(at_exit)
     try:
         yield from iterator
     except Exception as error:
@@ -294,6 +296,9 @@ def _batches(reader: BatchReader, sampler: object, workers: int, pin_memory: boo
         raise died or _message_first(error) from None
     finally:
         del iterator  # ends the workers
+        for worker in started:  # but not one that waits for a lock of a killed one
+            worker.kill()
+        atexit.unregister(at_exit)
 
 
 def _kill(workers: list[multiprocessing.process.BaseProcess]) -> None:

@@ -95,7 +95,7 @@ def test_keys_with_a_bias_are_refused() -> None:
 def test_whisper_writes_down_a_recording(whisper: Loaded, name: str) -> None:
     clips = [clip for clip in checks.find_clips(ASSETS / "recordings") if clip.name == name]
     if not clips:
-        pytest.skip("recordings not downloaded; run make quickstart-data")
+        pytest.skip("recordings not downloaded; run make recordings")
     checks.whisper_transcribes(whisper, clips[0])
 
 

@@ -1,0 +1,19 @@
+"""Command-line options that the shell, the page and the export have in common; imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_frozen_models(parser: argparse.ArgumentParser) -> None:
+    """Where the frozen models lie on this machine."""
+    parser.add_argument("--llm", metavar="DIR", help="where the LLM lies here, if not where it was in training")
+    parser.add_argument("--speech-encoder", metavar="DIR", help="the same for the speech encoder")
+    parser.add_argument("--audio-encoder", metavar="FILE", help="the same for the audio encoder, if it has one")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Device and dtype, and where the frozen models lie."""
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 …")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights (default: as trained)")
+    add_frozen_models(parser)
