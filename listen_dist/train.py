@@ -116,21 +116,22 @@ def claim_folder(config: Config) -> RunLock:
         raise ConfigError(f"run_dir = {config.run_dir!r}: cannot be written: {error}") from error
 
 
-def set_up(config: Config, device: torch.device, stop: StopRequest) -> Run:
-    if not config.data.train:
-        raise ConfigError("data.train: no set to train on; name a folder of shards")
-    config = with_pool_tasks(config)
-    found = dist.on_main(find_resume, config)
+def state_of(found: tuple[Path, Config] | None, config: Config) -> TrainState:
+    """Where to go on from; `finished` where nothing is left to do."""
+    if found is None:
+        return TrainState()
+    path, saved = found
+    state = checkpoint.read_state(path)
+    asked_for_more = (config.train.max_steps, config.train.max_minutes) != (
+        saved.train.max_steps, saved.train.max_minutes)
+    return replace(state, finished=state.finished and not asked_for_more or state.step >= config.train.max_steps)
+
+
+def set_up(config: Config, device: torch.device, stop: StopRequest, resume_from: Path | None, state: TrainState) -> Run:
     parts = assemble(config, device)
     replicated = ReplicatedTrainables(parts.model.trainable)
     optimizer = build_optimizer(parts.model.trainable, config.train)
-    state = TrainState()
-    if found is not None:
-        resume_from, saved = found
-        state = checkpoint.read_state(resume_from)
-        asked_for_more = (config.train.max_steps, config.train.max_minutes) != (
-            saved.train.max_steps, saved.train.max_minutes)
-        state = replace(state, finished=state.finished and not asked_for_more)
+    if resume_from is not None:
         checkpoint.load_trainables(resume_from, parts.model.trainable)
         checkpoint.load_optimizer(resume_from, parts.model.trainable, optimizer)
         logger.info("going on from %s", resume_from)
@@ -341,11 +342,16 @@ def run_program(config: Config, stop: StopRequest) -> int:
     device = dist.setup(config.device, config.parallel.timeout_minutes)
     with folder_of_our_own(config):
         logs.setup(Path(config.run_dir) / "train.log")
-        run = set_up(config, device, stop)
-        if run.state.step >= config.train.max_steps or run.state.finished:
+        if not config.data.train:
+            raise ConfigError("data.train: no set to train on; name a folder of shards")
+        config = with_pool_tasks(config)
+        found = dist.on_main(find_resume, config)
+        state = state_of(found, config)
+        if state.finished:  # before anything is loaded, and before a tracker's thread runs that would have to be ended
             logger.info("already trained for %d steps; raise train.max_steps (or train.max_minutes) to go on",
-                        run.state.step)
+                        state.step)
             return 0
+        run = set_up(config, device, stop, found and found[0], state)
         if config.parallel.health_check:
             report_links(device)
         run.started = time.monotonic()

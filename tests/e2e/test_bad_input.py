@@ -114,6 +114,7 @@ def test_a_second_run_into_the_folder_of_another(program: Program, trained: Trai
     assert state_of(tmp_path) == before
     code, output = program(training.main, *run)
     assert code == 0 and "already trained for 12 steps; raise train.max_steps (or train.max_minutes) to go on" in output
+    assert "loading the LLM" not in output
     metrics = "run/metrics.jsonl"
     assert state_of(tmp_path)[metrics] == before[metrics]
     damaged = tmp_path / "run/checkpoints/step-000012/trainables.safetensors"
