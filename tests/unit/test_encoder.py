@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
+from listen_dist.data.decode import decode_audio
 from listen_dist.data.features import LogMel
-from listen_dist.data.shards import ShardIndex
+from listen_dist.data.manifest import read_manifest
 from listen_dist.models.encoders import SpeechEncoder, check_model_folder, load_speech_encoder
 from tests import tiny
 from tests.launching import ROOT
@@ -19,7 +20,7 @@ from tests.launching import ROOT
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
 DEMO = ROOT / "assets/models/whisper-tiny.en"
-RECORDINGS = ROOT / "assets/shards/asr/test"
+RECORDINGS = ROOT / "assets/manifests/asr.test.jsonl"
 SECONDS = (0.31, 2.5, 1.02, 3.7, 0.02)
 
 
@@ -87,14 +88,12 @@ def test_report_the_difference_to_padding(tiny_world: tiny.Tiny, encoder: Speech
     assert differences == sorted(differences, reverse=True) and differences[-1] < 0.1
 
 
-@pytest.mark.skipif(not ((DEMO / "config.json").is_file() and (RECORDINGS / "index.json").is_file()),
-                    reason="needs `make shards`")
+@pytest.mark.skipif(not ((DEMO / "config.json").is_file() and RECORDINGS.is_file()),
+                    reason="needs `make models recordings`")
 def test_report_the_difference_to_padding_for_real_speech() -> None:
     encoder = load_speech_encoder(str(DEMO), torch.float32)
-    index = ShardIndex.load(RECORDINGS)
-    for row in range(3):
-        wave = index.read_sample(0, row).waveform
-        assert wave is not None
+    for record in list(read_manifest(RECORDINGS))[:3]:
+        wave = decode_audio(record.audio[0])
         assert difference(DEMO, encoder, wave, "Whisper tiny.en on a recording") < 0.9
 
 
