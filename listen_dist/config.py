@@ -244,6 +244,8 @@ def check(config: Config) -> None:
     require(data.timeout_seconds > 0, "data.timeout_seconds", data.timeout_seconds, "must be positive")
     parallel = config.parallel
     require(parallel.timeout_minutes > 0, "parallel.timeout_minutes", parallel.timeout_minutes, "must be positive")
+    require(parallel.llm == "replicated" or not config.model.compile, "model.compile", True,
+             f"needs parallel.llm=replicated; hooks gather a layer's weights under parallel.llm={parallel.llm}")
     require(0 <= parallel.stuck_minutes < parallel.timeout_minutes, "parallel.stuck_minutes", parallel.stuck_minutes,
              f"must be below parallel.timeout_minutes = {parallel.timeout_minutes}, 0 or more")
 

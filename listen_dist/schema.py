@@ -32,6 +32,9 @@ class ModelConfig:
     checkpointing: bool = False
     """Keep only the input of each LLM layer for the backward pass and compute the rest anew: far less memory for
     activations, about a third more computation (and gathering) a step. The gradients are the same."""
+    compile: bool = False
+    """`torch.compile` over each LLM layer in training: fewer, fused operations after half a minute at the start.
+    For parallel.llm=replicated. On a CPU it needs a C++ compiler."""
     before_audio: str = ""
     """Text between BOS and the audio. May hold special tokens of the LLM's chat format."""
     after_audio: str = "{instruction}"

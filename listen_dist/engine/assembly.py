@@ -20,7 +20,7 @@ from listen_dist.engine.sharding import Sharding, sharding_for
 from listen_dist.models.beats import load_audio_encoder
 from listen_dist.models.encoders import load_speech_encoder
 from listen_dist.models.listen import Listen
-from listen_dist.models.llm import DTYPES, embedding_stats, load_llm, load_tokenizer
+from listen_dist.models.llm import DTYPES, CompiledLayers, embedding_stats, load_llm, load_tokenizer
 from listen_dist.models.lora import add_lora
 from listen_dist.models.projector import build_projector
 from listen_dist.models.rivals import TaskPool, build_pool
@@ -131,5 +131,6 @@ def assemble(config: Config, device: torch.device) -> Parts:
     projector.requires_grad_(not config.projector.freeze)
     # After the layout, so that no rank shards the adapters.
     lora = add_lora(llm, config.lora, device) if config.lora.rank else None
-    model = Listen(llm, encoder, projector.to(device), pool.to(device), text.frame, lora, audio_encoder)
+    compiled = CompiledLayers(llm) if config.model.compile else None
+    model = Listen(llm, encoder, projector.to(device), pool.to(device), text.frame, lora, audio_encoder, compiled)
     return Parts(config, model, sharding, text, LogMel.from_pretrained(config.model.speech_encoder))

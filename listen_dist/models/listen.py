@@ -21,7 +21,7 @@ from listen_dist.kernels.topk_match.op import TopkMatch
 from listen_dist.kernels.topk_match.reference import masked_mean
 from listen_dist.models.beats import BeatsEncoder
 from listen_dist.models.encoders import SpeechEncoder, join_frames
-from listen_dist.models.llm import recompute_activations
+from listen_dist.models.llm import CompiledLayers, recompute_activations
 from listen_dist.models.losses import IGNORED, token_loss
 from listen_dist.models.projector import Projector
 from listen_dist.models.prompt_pool import Pool
@@ -36,11 +36,12 @@ class Listen(nn.Module):
         encoder: frozen speech encoder; not run for batches of stored features.
         lora: the adapters inside `llm` (see models/lora.py), or None.
         audio_encoder: frozen encoder of other sounds beside the speech encoder, or None.
+        compiled: the LLM's layers, compiled for training, or None.
     """
 
     def __init__(self, llm: PreTrainedModel, encoder: SpeechEncoder, projector: Projector, pool: Pool,
                  frame: TextFrame, lora: nn.ParameterDict | None = None,
-                 audio_encoder: BeatsEncoder | None = None) -> None:
+                 audio_encoder: BeatsEncoder | None = None, compiled: CompiledLayers | None = None) -> None:
         super().__init__()
         self.llm = llm
         self.encoder = encoder
@@ -49,6 +50,7 @@ class Listen(nn.Module):
         if lora is not None:
             self.trainable["lora"] = lora
         self.frame = frame
+        self._compiled = compiled
 
     @property
     def projector(self) -> Projector:
@@ -63,9 +65,14 @@ class Listen(nn.Module):
         return self.projector.out.weight.device
 
     def train(self, mode: bool = True) -> Listen:
-        """Switch the learned parts; the frozen parts stay in eval mode (but see `recompute_activations`)."""
+        """Switch the learned parts, and whether the LLM is compiled; the frozen parts stay in eval mode.
+
+        See `recompute_activations` for the one flag in them that changes.
+        """
         self.trainable.train(mode)
         recompute_activations(self.llm, mode)
+        if self._compiled is not None:
+            self._compiled.switch(mode)
         return self
 
     def forward(self, batch: Batch, k: int) -> ModelOutput:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from listen_dist import logs
 from listen_dist.models.encoders import check_model_folder
-from listen_dist.schema import ModelConfig
+from listen_dist.schema import ConfigError, ModelConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -70,14 +72,44 @@ def recompute_activations(llm: nn.Module, active: bool) -> None:
             module.training = active and module.gradient_checkpointing
 
 
+class CompiledLayers:
+    """`torch.compile` over each decoder layer of a whole LLM, to be switched on and off.
+
+    One graph serves all layers and all sizes (a micro-batch of one row has its own). It is compiled at the first
+    forward pass that needs it. Decoding goes without: its cache grows with each token.
+    """
+
+    def __init__(self, llm: nn.Module) -> None:
+        self._layers = decoder_layers(llm)
+        self._compiled = [torch.compile(layer.forward, dynamic=True) for layer in self._layers]
+
+    def switch(self, active: bool) -> None:
+        """Compiled from now on, or as the class has it.
+
+        Raises:
+            ConfigError: no C++ compiler for a CPU.
+        """
+        on_cpu = next(self._layers.parameters()).device.type == "cpu"
+        if active and on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
+            raise ConfigError("model.compile needs a C++ compiler on a CPU, and there is no g++ (or $CXX); install "
+                              "one, or set model.compile=false")
+        for layer, compiled in zip(self._layers, self._compiled, strict=True):
+            vars(layer).pop("forward", None)  # the class's own shows again
+            if active:
+                layer.forward = compiled
+
+
+def decoder_layers(llm: nn.Module) -> nn.ModuleList:
+    return max((m for m in llm.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
 def pieces(llm: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Iterator[nn.Module]:
     """The LLM piece by piece: embedding, each layer, head, then the whole for what is left.
 
     A piece's weights are read, cast and moved when its turn comes. Whoever keeps only a part of it before
     taking the next never holds more than one whole piece. A head tied to the embedding has no turn.
     """
-    layers = max((m for m in llm.modules() if isinstance(m, nn.ModuleList)), key=len)
-    parts = [llm.get_input_embeddings(), *layers, llm.get_output_embeddings(), llm]
+    parts = [llm.get_input_embeddings(), *decoder_layers(llm), llm.get_output_embeddings(), llm]
     owned: list[list[nn.Parameter]] = []
     seen: set[nn.Parameter] = set()
     for part in parts:
