@@ -213,8 +213,8 @@ def plan_step(config: Config, sizes: Sizes, cluster: Cluster, layout: str, shape
 
     A gather over g ranks brings W (g − 1)/g into each rank; ranks stand in a ring, so that the same amount enters each
     node where a group spans several. The LLM is gathered for the forward and for the backward pass, once more where
-    activations are recomputed and a layer does not stay gathered in between. The trainables' fp32 gradient (4 bytes
-    each) goes round twice, 2 · 4 n (R − 1)/R, once a step.
+    activations are recomputed and a layer does not stay gathered in between, and only once where all of it may stay.
+    The trainables' fp32 gradient (4 bytes each) goes round twice, 2 · 4 n (R − 1)/R, once a step.
     Computation, for P parameters and t tokens: 2 P t forward, 2 P t for the gradient of the input (frozen weights have
     none of their own), 2 P t recomputed; the encoders forward alone; trainables 6 P t.
     """
@@ -222,7 +222,11 @@ def plan_step(config: Config, sizes: Sizes, cluster: Cluster, layout: str, shape
     llm, group = sizes.llm, cluster.group(layout)
     micro = math.ceil((config.train.batches_per_step or cluster.ranks) / cluster.ranks)
     recompute = config.model.checkpointing
-    gathers = micro * (2 + (recompute and config.parallel.max_live_parameters < llm.layer)) if group > 1 else 0
+    parallel, gathers = config.parallel, 0
+    if group > 1 and parallel.backend == "deepspeed" and parallel.max_live_parameters >= llm.parameters:
+        gathers = micro
+    elif group > 1:
+        gathers = micro * (2 + (recompute and parallel.max_live_parameters < llm.layer))
     gathered = gathers * item_size(config) * llm.parameters * (group - 1) / group
     learned = sizes.pool + (0 if config.projector.freeze else sizes.projector)
     reduced = 8 * learned * (cluster.ranks - 1) / cluster.ranks

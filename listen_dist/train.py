@@ -53,6 +53,7 @@ from listen_dist.engine.replicated import DriftError, ReplicatedTrainables
 from listen_dist.engine.run_lock import RunLock
 from listen_dist.engine.saver import Saver
 from listen_dist.engine.signals import LOST_CONTACT, RESUMABLE, StopRequest
+from listen_dist.engine.start_up import StartUp
 from listen_dist.engine.step import NonFiniteError, StepResult, train_step
 from listen_dist.engine.warm_start import fit_last_layer
 from listen_dist.engine.watchdog import Watchdog
@@ -78,6 +79,7 @@ class Run:
     saver: Saver
     stop: StopRequest
     watchdog: Watchdog
+    start_up: StartUp
     first_step: int
     """Where this process began; with `started`, for the time left."""
     started: float
@@ -127,8 +129,10 @@ def state_of(found: tuple[Path, Config] | None, config: Config) -> TrainState:
     return replace(state, finished=state.finished and not asked_for_more or state.step >= config.train.max_steps)
 
 
-def set_up(config: Config, device: torch.device, stop: StopRequest, resume_from: Path | None, state: TrainState) -> Run:
+def set_up(config: Config, device: torch.device, stop: StopRequest, resume_from: Path | None, state: TrainState,
+           start_up: StartUp) -> Run:
     parts = assemble(config, device)
+    start_up.lap("models")
     replicated = ReplicatedTrainables(parts.model.trainable)
     optimizer = build_optimizer(parts.model.trainable, config.train)
     if resume_from is not None:
@@ -137,6 +141,7 @@ def set_up(config: Config, device: torch.device, stop: StopRequest, resume_from:
         logger.info("going on from %s", resume_from)
     else:
         start_anew(parts)
+    start_up.lap("weights")
     replicated.prove_equal(state.step)
     trackers = tracking.Trackers()
     if dist.is_main():
@@ -146,8 +151,9 @@ def set_up(config: Config, device: torch.device, stop: StopRequest, resume_from:
         trackers = tracking.build_trackers(config, flat)
     folder = Path(config.run_dir)
     run = Run(config, parts, replicated, optimizer, state, trackers, Saver(folder / "checkpoints"), stop,
-              Watchdog(config.parallel.stuck_seconds, folder), first_step=state.step, started=time.monotonic(),
-              last_step=config.train.max_steps)
+              Watchdog(config.parallel.stuck_seconds, folder), start_up, first_step=state.step,
+              started=time.monotonic(), last_step=config.train.max_steps)
+    start_up.lap("tracker")
     summarize(run)
     return run
 
@@ -217,10 +223,15 @@ def train(run: Run) -> None:
         before = time.perf_counter()
         batches, loader_state = next(steps)
         meter.waited(time.perf_counter() - before)
+        if step == run.first_step:
+            run.start_up.lap("data")
         note_skipped(run, batches)
         result = train_step(model, run.replicated, run.optimizer, config, step, run.last_step, batches, filler,
                             stop=bool(run.stop.asked))
         meter.add(result, batches)
+        if step == run.first_step:
+            run.start_up.lap("step")
+            logger.info("%s", run.start_up)
         run.state = replace(run.state, step=step + 1, loader=loader_state)
         note_outcome(run, result)
         if run.state.step % config.train.log_every == 0 or run.state.step == run.last_step:
@@ -339,7 +350,10 @@ def folder_of_our_own(config: Config) -> Iterator[None]:
 
 def run_program(config: Config, stop: StopRequest) -> int:
     """Set up and train; the exit code."""
+    start_up = StartUp()
+    start_up.lap("imports")
     device = dist.setup(config.device, config.parallel.timeout_minutes)
+    start_up.lap("process group")
     with folder_of_our_own(config):
         logs.setup(Path(config.run_dir) / "train.log")
         if not config.data.train:
@@ -351,7 +365,7 @@ def run_program(config: Config, stop: StopRequest) -> int:
             logger.info("already trained for %d steps; raise train.max_steps (or train.max_minutes) to go on",
                         state.step)
             return 0
-        run = set_up(config, device, stop, found and found[0], state)
+        run = set_up(config, device, stop, found and found[0], state, start_up)
         if config.parallel.health_check:
             report_links(device)
         run.started = time.monotonic()

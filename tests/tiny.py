@@ -135,6 +135,17 @@ def build_llm(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def save_wider_llm(folder: Path) -> None:
+    """A random Llama of width 256 in bfloat16: its weights outweigh what travels beside them."""
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id)).bfloat16().save_pretrained(folder)
+
+
 def build_encoder(folder: Path) -> None:
     """A random Whisper of width 32 with the usual 80 mels and 30 s window."""
     torch.manual_seed(2)

@@ -13,7 +13,7 @@ All ways take turns on the same clips and models with as many clips a step, in o
                positions, a fixed number of clips a batch, one `.item()` a batch
     trainer    Hugging Face's Trainer over the same modules: true lengths, padding on the right, logits for all
                positions, a fixed number of clips a batch
-    ours       the trainer's own step; then with one thing changed at a time
+    ours       the trainer's own step with `model.compile`; then with one thing changed at a time
 
 Real tokens: the LLM's input without padding and silence. FLOPs: 4 · parameters of the layers for each real token
 (forward, and backward to the input; frozen weights have no gradient), and of the head for each target. The share is of
@@ -48,7 +48,7 @@ from listen_dist import config as configuration
 from listen_dist import dist
 from listen_dist.data.shards import ShardError
 from listen_dist.model_sizes import Sizes
-from listen_dist.models.llm import DTYPES
+from listen_dist.models.llm import DTYPES, has_compiler
 from listen_dist.planner import Cluster, plan_memory
 from listen_dist.planner import Shape as BatchShape
 from listen_dist.schema import Config, ConfigError, PoolConfig, ProjectorConfig
@@ -74,24 +74,25 @@ class Size:
     made_up_factor: float = 1.0
 
 
-def ways(device: torch.device, bench: Bench, budgets: Sequence[int], compiled: bool) -> list[Way]:
-    """All that can be compared here."""
+def ways(device: torch.device, bench: Bench, budgets: Sequence[int]) -> list[Way]:
+    """All that can be compared here; ours with the LLM's layers compiled, where a CPU's compiler is there."""
     chosen = [way for way in VARIANTS
               if (way.backend == "auto" or device.type == "cuda") and (bench.has_stored or not way.stored)]
-    more = [Way("compiled layers", compiled=True)] if compiled else []
-    return [*RIVALS, *chosen, *more, *(Way(f"ours, {budget} tokens a batch", budget=budget) for budget in budgets)]
+    chosen += [Way(f"ours, {budget} tokens a batch", budget=budget) for budget in budgets]
+    if has_compiler(device):
+        chosen = [*(replace(way, compiled=True) for way in chosen), Way("compile off")]
+    return [*RIVALS, *chosen]
 
 
 def measure(bench: Bench, chosen: Sequence[Way], size: Size, sizes: Sizes, rate: float) -> list[dict[str, Any]]:
-    """A row a way; they take turns, and an unmeasured turn of a few clips warms each up."""
+    """A row a way; they take turns. An unmeasured one warms each up: of a few clips, or of all sizes to be compiled."""
     found: dict[str, list[tuple[Turn, Measured]]] = {way.name: [] for way in chosen}
     for number in range(size.rounds + 1):
-        turn = bench.turn(number)
-        if not number:
-            turn = replace(turn, refs=turn.refs[: size.rows * size.steps])
+        turn = bench.turn(max(1, number))  # the first one twice
+        few = replace(turn, refs=turn.refs[: size.rows * size.steps])
         for way in chosen:
             note(f"round {number} of {size.rounds}: {way.name}")
-            measured = bench.run(way, turn, number)
+            measured = bench.run(way, turn if number or way.compiled else few, max(1, number))
             if number:
                 found[way.name].append((turn, measured))
     return [row(way, found[way.name], bench.config, sizes, rate) for way in chosen]
@@ -146,7 +147,7 @@ def measure_set(config: Config, shape: worlds.Shape | None, device: torch.device
     parts = worlds.build(config, shape, device)
     bench = Bench(parts, size.clips, size.steps, size.rows, base)
     sizes = worlds.sizes(parts, shape)
-    return measure(bench, ways(device, bench, options.batch_tokens, options.compile), size, sizes, rate)
+    return measure(bench, ways(device, bench, options.batch_tokens), size, sizes, rate)
 
 
 def measure_sharded(config: Config, shape: worlds.Shape | None, device: torch.device, size: Size,
@@ -180,7 +181,7 @@ def prepared(config: Config, random: bool, small: bool) -> Config:
     return replace(config, pool=replace(config.pool, stochastic_k=False),
                    data=replace(config.data, stored_features=False, workers=0),
                    parallel=replace(config.parallel, llm="replicated"),
-                   model=replace(config.model, checkpointing=False))
+                   model=replace(config.model, checkpointing=False, compile=False))
 
 
 def machine(device: torch.device) -> str:
@@ -209,7 +210,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8, help="clips a batch where they are counted (default 8)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each way (default {ROUNDS})")
     parser.add_argument("--batch-tokens", type=int, nargs="+", default=[], help="more rows with these budgets")
-    parser.add_argument("--compile", action="store_true", help="a row with torch.compile over the frozen layers")
     options = parser.parse_args(argv)
     if options.random == "7b" and not options.batch_tokens:
         options.batch_tokens = [4096, 8192, 16384]

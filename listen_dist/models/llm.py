@@ -89,14 +89,18 @@ class CompiledLayers:
         Raises:
             ConfigError: no C++ compiler for a CPU.
         """
-        on_cpu = next(self._layers.parameters()).device.type == "cpu"
-        if active and on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
+        if active and not has_compiler(next(self._layers.parameters()).device):
             raise ConfigError("model.compile needs a C++ compiler on a CPU, and there is no g++ (or $CXX); install "
                               "one, or set model.compile=false")
         for layer, compiled in zip(self._layers, self._compiled, strict=True):
             vars(layer).pop("forward", None)  # the class's own shows again
             if active:
                 layer.forward = compiled
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether `torch.compile` has what it needs: on a CPU a C++ compiler."""
+    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def decoder_layers(llm: nn.Module) -> nn.ModuleList:

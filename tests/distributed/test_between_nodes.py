@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from listen_dist import config as configuration
 from listen_dist.model_sizes import sizes_of
@@ -81,13 +79,7 @@ def counted(nodes: dict[str, str], tiny_world: tiny.Tiny, tmp_path_factory: pyte
             ) -> dict[str, Counted]:
     """All layouts by name."""
     folder = tmp_path_factory.mktemp("nodes")
-    tokenizer = tiny.build_tokenizer()
-    tokenizer.save_pretrained(folder / "llm")
-    torch.manual_seed(1)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-        tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id)).bfloat16().save_pretrained(folder / "llm")
+    tiny.save_wider_llm(folder / "llm")
     words = {name: f"model.llm={folder / 'llm'},model.dtype=bfloat16,train.batches_per_step={RANKS},{layout}"
              for name, layout in LAYOUTS.items()}
     started = []

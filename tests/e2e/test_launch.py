@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,18 @@ def test_the_summary_tells_sizes(trained: TrainedRun) -> None:
     for words in ("learned parameters: pool 1,280", "projector ", "frozen parameters: LLM ", "planned total",
                   "waiting for data", "clips/s", "tokens/s", "left 0"):
         assert words in trained.output, words
+
+
+def test_the_first_step_tells_where_the_time_went(trained: TrainedRun) -> None:
+    """Two ranks, one line; its parts are its sum, and no part is missing."""
+    (line,) = [line for line in trained.output.splitlines() if "from the command to the end of the first step" in line]
+    found = re.search(r"([0-9.]+) s from the command to the end of the first step: (.*)", line)
+    assert found
+    parts = {name: float(seconds) for name, seconds in re.findall(r"([a-z ]+) ([0-9.]+) s", found[2])}
+    assert [name.strip() for name in parts] == [
+        "launcher", "imports", "process group", "models", "weights", "tracker", "data", "step"]
+    assert sum(parts.values()) == pytest.approx(float(found[1]), abs=0.5)
+    assert parts["launcher"] > 0.5 and all(seconds >= 0 for seconds in parts.values())
 
 
 Evaluate = Callable[..., tuple[Path, str]]

@@ -191,6 +191,9 @@ def test_traffic_in_closed_form(config: Config, sizes: planner.Sizes) -> None:
     assert plan_step(accumulated, sizes, cluster, "full").gathers == 6
     tight = replace(config, parallel=replace(config.parallel, max_live_parameters=1000))
     assert plan_step(tight, sizes, cluster, "full").gathers == 3
+    for backend, gathers in (("deepspeed", 1), ("fsdp2", 2)):
+        roomy = replace(config, parallel=replace(config.parallel, backend=backend, max_live_parameters=7_000_000_000))
+        assert plan_step(roomy, sizes, cluster, "full").gathers == gathers
     assert full.compute_seconds == node.compute_seconds > 6 * 6.4e9 * 2048 / (cluster.tflops * 1e12)
     assert full.seconds[0] == max(full.compute_seconds, full.traffic_seconds)
 

@@ -18,7 +18,7 @@ from listen_dist.engine.assembly import Parts
 from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.engine.step import train_step
-from listen_dist.models.llm import recompute_activations
+from listen_dist.models.llm import CompiledLayers, recompute_activations
 from listen_dist.structures import Batch
 from tools.step_bench.clock import Clock, Peak
 from tools.step_bench.rivals import PADDED_SECONDS, PaddedLogMel, TrainerModel, research_step, run_trainer
@@ -42,7 +42,7 @@ class Way:
     backend: Literal["auto", "reference"] = "auto"
     """Of the top-k selection."""
     compiled: bool = False
-    """`torch.compile` over each frozen layer, with dynamic shapes."""
+    """`model.compile`."""
     budget: int = 0
     """Another `data.batch_tokens`."""
 
@@ -95,6 +95,7 @@ class Bench:
         self._optimizer = build_optimizer(self.model.trainable, self.config.train)
         self._replicated = ReplicatedTrainables(self.model.trainable)
         self._filler = reader[self._mixture.window(0, 1)]
+        self._layers = CompiledLayers(self.model.llm)
         self.model.train()
         recompute_activations(self.model.llm, False)
 
@@ -197,9 +198,7 @@ class Bench:
         if way.recompute:
             llm.gradient_checkpointing_enable({"use_reentrant": True, "preserve_rng_state": False})
             recompute_activations(llm, True)
-        layers = max((m for m in llm.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
-        for layer in layers if way.compiled else ():
-            layer.compile(dynamic=True)
+        self._layers.switch(way.compiled)
         try:
             yield
         finally:
@@ -210,8 +209,7 @@ class Bench:
             if way.recompute:
                 llm.gradient_checkpointing_disable()
                 recompute_activations(llm, False)
-            for layer in layers if way.compiled else ():
-                layer._compiled_call_impl = None
+            self._layers.switch(False)
 
 
 class _Reading:
