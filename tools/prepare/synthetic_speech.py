@@ -12,7 +12,7 @@ how fast follows from md5 of the text, so a smaller run is a part of a bigger on
 same bytes every time, and a run that was stopped goes on where it was.
 
 `--recombined` adds sentences that go from word to word as the telephone prompts to train on do: their words in
-new orders, which can't be known by heart.
+new orders, which can't be known by heart. `--remixed` does so with the fortunes. `--words` adds clips of one word.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ TEST_SENTENCES = 60
 MAX_RECOMBINED = 14
 """Words of a recombined sentence; the prompts go on for longer."""
 MIN_WORDS, MAX_WORDS = 2, 10
+MAX_SOURCE = 30
+"""Words of a sentence that others are made of."""
 LONG_WORDS = 9
 """Of the sentences this long half are left out, which brings the mean from 2.3 s to 2.2 s."""
 STRETCH_PERCENT = range(85, 116)
@@ -57,6 +59,17 @@ TOPICS = frozenset(
     """art computers cookie education food fortunes goedel humorists kids law linuxcookie literature magic
     medicine miscellaneous news paradoxum people pets platitudes politics riddles science sports startrek tao
     wisdom work""".split()
+)
+# What is often said alone.
+CLOSED_CLASSES = tuple(
+    """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million
+    first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth
+    sixteenth seventeenth eighteenth nineteenth twentieth thirtieth
+    monday tuesday wednesday thursday friday saturday sunday
+    january february march april may june july august september october november december
+    today tomorrow yesterday morning afternoon evening yes no
+    b c d e f g h j k l m n o p q r s t u v w x y z""".split()
 )
 BLOCKED = re.compile(
     r"""\b(?:adult|alcohol|arse|ass(?:es|hole)?\b|bastard|beer|bitch|blond|bloody|boob|booz|bra\b|breast
@@ -106,6 +119,13 @@ def main() -> None:
     parser.add_argument(
         "--recombined", type=int, default=0, help="clips more, of the telephone prompts' words (default: 0)"
     )
+    parser.add_argument(
+        "--remixed", type=int, default=0, help="clips more, of all the texts' words in new orders (default: 0)"
+    )
+    parser.add_argument(
+        "--words", type=int, default=0, help="clips more of one word each: numbers, days, letters by every voice, "
+        "then the texts' commonest words (default: 0)"
+    )
     parser.add_argument("--name", default="asr_synthetic", help="of the set, in its manifests' names")
     parser.add_argument("--out", type=Path, default=Path("assets/manifests"), help="folder for the manifests")
     parser.add_argument(
@@ -113,15 +133,21 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=2, help="clips spoken at a time (default: 2)")
     options = parser.parse_args()
-    if options.sentences < 1 or options.workers < 1 or options.recombined < 0:
-        raise PrepareError("--sentences and --workers are numbers above 0, --recombined is no negative one")
+    if min(options.sentences, options.workers) < 1 or min(options.recombined, options.remixed, options.words) < 0:
+        raise PrepareError("--sentences and --workers are numbers above 0, the others no negative ones")
     recordings, out = options.recordings.resolve(), options.out.resolve()
     _fetch(recordings)
     known = known_sentences(out)
-    clips = choose_clips(read_texts(recordings / FOLDER / "fortunes"), options.sentences, known)
+    texts = read_texts(recordings / FOLDER / "fortunes")
+    clips = choose_clips(texts, options.sentences, known)
+    known |= {normalise(clip.text) for clip in clips}
     if options.recombined:
-        known |= {normalise(clip.text) for clip in clips}
         clips += [_train_clip(text) for text in recombined(training_prompts(out), options.recombined, known)]
+    if options.remixed:
+        held = {normalise(clip.text) for clip in clips if clip.split == "test"}
+        sources = [text for text in clean_sentences(texts, MAX_SOURCE) if normalise(text) not in held]
+        clips += [_train_clip(text) for text in recombined(sources, options.remixed, known)]
+    clips += single_words(texts, options.words)
     records = speak_all(clips, recordings / FOLDER, options.workers)
     print(f"{'set':<20}{'split':<7}{'records':>8}{'hours':>8}{'mean s':>8}  voices")
     for split in ("train", "test"):
@@ -222,7 +248,7 @@ def training_prompts(manifests: Path) -> list[str]:
 
 
 def recombined(prompts: Sequence[str], count: int, known: set[str]) -> list[str]:
-    """Return `count` sentences that are a chain of the prompts' word pairs, none of them a known sentence.
+    """Return `count` clean sentences that are a chain of the prompts' word pairs, none of them a known sentence.
 
     Raises:
         PrepareError: the prompts give fewer.
@@ -238,14 +264,32 @@ def recombined(prompts: Sequence[str], count: int, known: set[str]) -> list[str]
             choices = following[words[-1]]
             words.append(choices[digest(f"recombined/{turn}/{len(words)}") % len(choices)])
         text = " ".join(words[1:-1])
-        if MIN_WORDS <= len(words) - 2 <= MAX_RECOMBINED and normalise(text) not in known:
+        fits = MIN_WORDS <= len(words) - 2 <= MAX_RECOMBINED and not BLOCKED.search(text)
+        if fits and normalise(text) not in known:
             found.setdefault(normalise(text), text)
         if len(found) == count:
             return list(found.values())
-    raise PrepareError(f"--recombined {count}: the prompts give {len(found)} sentences; ask for no more")
+    raise PrepareError(f"{count} sentences in new orders: there are {len(found)}; ask for no more")
 
 
-def clean_sentences(texts: Iterable[str]) -> list[str]:
+def single_words(texts: Iterable[str], count: int) -> list[Clip]:
+    """Return `count` clips of one word: closed classes by every voice, then the commonest words of the texts.
+
+    Raises:
+        PrepareError: there are fewer.
+    """
+    clips = [Clip(f"{word.capitalize()}.", voice, "train") for word in CLOSED_CLASSES for voice in TRAIN_VOICES]
+    known = {normalise(clip.text) for clip in clips}
+    words = Counter(word for text in clean_sentences(texts, MAX_SOURCE) for word in normalise(text).split())
+    for word, _ in sorted(words.items(), key=lambda pair: (-pair[1], pair[0])):
+        if len(word) > 2 and word.isalpha() and word not in known:
+            clips.append(_train_clip(f"{word.capitalize()}."))
+    if len(clips) < count:
+        raise PrepareError(f"--words {count}: there are {len(clips)}; ask for no more")
+    return clips[:count]
+
+
+def clean_sentences(texts: Iterable[str], most_words: int = MAX_WORDS) -> list[str]:
     """Return the short, clean sentences of collections of fortunes, sorted; none comes twice.
 
     A word that comes only once or twice in all texts (a typo, a foreign language) makes a sentence unfit.
@@ -256,7 +300,7 @@ def clean_sentences(texts: Iterable[str]) -> list[str]:
     found: dict[str, str] = {}
     for piece in sorted(set(pieces)):
         words = normalise(piece).split()
-        if is_clean(piece) and MIN_WORDS <= len(words) <= MAX_WORDS and all(frequency[w] > 2 for w in words):
+        if is_clean(piece) and MIN_WORDS <= len(words) <= most_words and all(frequency[w] > 2 for w in words):
             found.setdefault(" ".join(words), piece)
     return sorted(found.values())
 
