@@ -45,6 +45,16 @@ def test_gradients_are_the_same_for_all_sizes_and_graphs_are_few(both: list[Part
     assert 1 <= counters["stats"]["unique_graphs"] <= 4
 
 
+def test_adapters_learn_the_same(tiny_world: tiny.Tiny) -> None:
+    """LoRA's matrices lie inside the compiled layers."""
+    found, expected = (gradients(assemble(tiny_world.config(
+        f"model.compile={on}", "parallel.llm=replicated", "lora.rank=2", "pool.selection=none"),
+        torch.device("cpu")), 3) for on in (True, False))
+    assert set(found) == set(expected) and any(name.startswith("lora.") for name in found)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()), msg=name)
+
+
 def test_decoding_is_not_compiled(both: list[Parts], monkeypatch: pytest.MonkeyPatch) -> None:
     texts = []
     for parts in both[:2]:
