@@ -286,6 +286,7 @@ def report(run: Run, meter: Meter, mixture: Mixture, rate: float, grad_norm: flo
     """One progress line, the trackers, and the stop when too much of the data is bad."""
     metrics = meter.report() | {"learning_rate": rate, "grad_norm": grad_norm}
     metrics |= {f"epochs_{label}": times for label, times in mixture.epochs(run.state.loader.samples).items()}
+    metrics["clips_seen"] = float(run.state.loader.samples)
     step, config = run.state.step, run.config
     if metrics["skipped_steps"]:
         logger.warning("step %d: %d steps since the last report had a non-finite loss or gradient and were left out; "

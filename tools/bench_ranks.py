@@ -8,7 +8,7 @@ The layouts come one after the other on the same batches, with as many micro-bat
 play one node. One more step of each, which is not timed, counts every collective call: an all-gather of W bytes over g
 ranks brings W (g - 1)/g into each, an all-reduce of n bytes over R ranks sends 2 n (R - 1)/R round the ring. A ring
 leaves each node on one link, so as much leaves a node where the group of a call spans several. Beside them stands what
-the planner says.
+the planner says. The time of the reduction holds the wait for the slowest rank.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from listen_dist.models.llm import has_compiler
 from listen_dist.planner import Cluster, plan_step
 from listen_dist.schema import Config, ConfigError
 from listen_dist.structures import Batch, LoaderState
+from tools.step_bench.clock import Clock
 
 LIVE = 30_000_000
 ALL_LIVE = 10**12
@@ -192,12 +193,15 @@ def work(config: Config, steps: int, out: Path) -> None:
     rows = []
     for layout in layouts:
         one = World.build(config, layout)
+        clock = Clock(torch.device("cpu"))
         for number in range(WARM_UP + steps):
             note(f"{world} ranks, {layout.name}: step {number + 1}")
-            one.step(batches[number], number)
+            with clock.watch(one.replicated, "reduce", "warm-up" if number < WARM_UP else "reduction"):
+                one.step(batches[number], number)
         with CallCounter(node_size) as counter:
             one.step(batches[-1], WARM_UP + steps)
-        rows.append(row(one, clips, tokens, counter.traffic, world, node_size))
+        rows.append({**row(one, clips, tokens, counter.traffic, world, node_size),
+                     "reduction_share": clock.seconds["reduction"] / sum(one.seconds[WARM_UP:-1])})
         del one
         gc.collect()
     if dist.is_main():
@@ -237,12 +241,12 @@ def note(text: str) -> None:
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    heads = ["ranks", "layout", "clips/s", "s a step", "MB gathered", "in calls", "MB reduced", "MB leaving a node",
+    heads = ["ranks", "layout", "clips/s", "s a step", "reduction", "MB gathered", "in calls", "MB reduced", "MB leaving a node",
              "planned into a rank", "planned into a node"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for one in rows:
         cells = [one["ranks"], one["layout"], f"{one['clips_per_second']:.1f}", f"{one['median_step_seconds']:.2f}",
-                 f"{one['gathered'] / 1e6:.1f}", one["gathers"], f"{one['reduced'] / 1e6:.1f}",
+                 f"{one['reduction_share']:.0%}", f"{one['gathered'] / 1e6:.1f}", one["gathers"], f"{one['reduced'] / 1e6:.1f}",
                  f"{one['leaves_node'] / 1e6:.1f}", f"{one['planned_into_rank'] / 1e6:.1f}",
                  f"{one['planned_into_node'] / 1e6:.1f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -15,12 +15,15 @@ import plot_run
 
 
 def test_losses_and_scores_by_task(tmp_path: Path) -> None:
-    lines = [{"step": step, "loss_asr": 4.0 / step, "loss_caption": 3.0, "loss": 9.0} for step in (1, 2, 3, 3)]
+    lines = [{"step": step, "loss_asr": 4.0 / step, "loss_caption": 3.0, "loss": 9.0, "clips_seen": 30.0 * step,
+              "elapsed_seconds": 60.0 * step + 60} for step in (1, 2, 3, 3)]
     lines.insert(2, {"step": 2, "dev/asr/wer": 0.5})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     losses, scores = plot_run.read_curves(tmp_path)
     assert losses == {"asr": ([1, 2, 3], [4.0, 2.0, 4.0 / 3]), "caption": ([1, 2, 3], [3.0, 3.0, 3.0])}
     assert scores == {"asr wer": ([2], [0.5])}
+    assert plot_run.read_curves(tmp_path, "clips")[1] == {"asr wer": ([60], [0.5])}
+    assert plot_run.read_curves(tmp_path, "minutes")[0]["asr"][0] == [2, 3, 4]
     assert plot_run.main([str(tmp_path)]) == 0
     assert matplotlib.image.imread(tmp_path / "curves.png").std() > 0.01
 
