@@ -241,14 +241,14 @@ def note(text: str) -> None:
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    heads = ["ranks", "layout", "clips/s", "s a step", "reduction", "MB gathered", "in calls", "MB reduced", "MB leaving a node",
-             "planned into a rank", "planned into a node"]
+    heads = ["ranks", "layout", "clips/s", "s a step", "reduction", "MB gathered", "in calls", "MB reduced",
+             "MB leaving a node", "planned into a rank", "planned into a node"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for one in rows:
         cells = [one["ranks"], one["layout"], f"{one['clips_per_second']:.1f}", f"{one['median_step_seconds']:.2f}",
-                 f"{one['reduction_share']:.0%}", f"{one['gathered'] / 1e6:.1f}", one["gathers"], f"{one['reduced'] / 1e6:.1f}",
-                 f"{one['leaves_node'] / 1e6:.1f}", f"{one['planned_into_rank'] / 1e6:.1f}",
-                 f"{one['planned_into_node'] / 1e6:.1f}"]
+                 f"{one['reduction_share']:.0%}", f"{one['gathered'] / 1e6:.1f}", one["gathers"],
+                 f"{one['reduced'] / 1e6:.1f}", f"{one['leaves_node'] / 1e6:.1f}",
+                 f"{one['planned_into_rank'] / 1e6:.1f}", f"{one['planned_into_node'] / 1e6:.1f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
