@@ -53,9 +53,13 @@ quickstart: evaluate  ## all of it, from nothing to a table of results
 
 demo: shards  ## train configs/demo_full.yaml, longer and with more synthetic speech, and score it
 	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 3600 --recombined 5000 --remixed 8000 --words 2400 --name asr_synthetic_full
-	$(SHARD) assets/manifests/asr_synthetic_full.*.jsonl assets/shards
+	$(BIN)/python tools/prepare/other_speech.py
+	$(SHARD) assets/manifests/asr_synthetic_full.*.jsonl assets/manifests/asr_other.test.jsonl assets/shards
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/demo_full.yaml
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/demo_full.yaml
+	for name in asr_other asr_synthetic_full; do \
+	  $(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/demo_full.yaml eval.report=false \
+	    --out runs/demo_full/$$name "data.test=[{path: assets/shards/$$name/test}]" || exit 1; done
 
 HEARD := conf-lockednow vm-star-cancel vm-prev confbridge-removed
 try: models  ## let the trained models/demo transcribe recordings that it never met: no training
