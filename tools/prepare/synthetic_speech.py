@@ -147,7 +147,7 @@ def main() -> None:
         held = {normalise(clip.text) for clip in clips if clip.split == "test"}
         sources = [text for text in clean_sentences(texts, MAX_SOURCE) if normalise(text) not in held]
         clips += [_train_clip(text) for text in recombined(sources, options.remixed, known)]
-    clips += single_words(texts, options.words)
+    clips += single_words(texts, options.words, known)
     records = speak_all(clips, recordings / FOLDER, options.workers)
     print(f"{'set':<20}{'split':<7}{'records':>8}{'hours':>8}{'mean s':>8}  voices")
     for split in ("train", "test"):
@@ -272,14 +272,17 @@ def recombined(prompts: Sequence[str], count: int, known: set[str]) -> list[str]
     raise PrepareError(f"{count} sentences in new orders: there are {len(found)}; ask for no more")
 
 
-def single_words(texts: Iterable[str], count: int) -> list[Clip]:
+def single_words(texts: Iterable[str], count: int, known: set[str]) -> list[Clip]:
     """Return `count` clips of one word: closed classes by every voice, then the commonest words of the texts.
+
+    A word that is a known sentence by itself is left out: some telephone prompts to test on are one word.
 
     Raises:
         PrepareError: there are fewer.
     """
-    clips = [Clip(f"{word.capitalize()}.", voice, "train") for word in CLOSED_CLASSES for voice in TRAIN_VOICES]
-    known = {normalise(clip.text) for clip in clips}
+    closed = [word for word in CLOSED_CLASSES if word not in known]
+    clips = [Clip(f"{word.capitalize()}.", voice, "train") for word in closed for voice in TRAIN_VOICES]
+    known = known.union(closed)
     words = Counter(word for text in clean_sentences(texts, MAX_SOURCE) for word in normalise(text).split())
     for word, _ in sorted(words.items(), key=lambda pair: (-pair[1], pair[0])):
         if len(word) > 2 and word.isalpha() and word not in known:
