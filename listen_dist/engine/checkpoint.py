@@ -40,7 +40,8 @@ FREE_TO_CHANGE = ("run_dir", "device", "parallel.", "eval.", "tracking.", "data.
                   "data.cache_dir", "data.cache_gib", "data.timeout_seconds", "data.retries",
                   "train.max_steps", "train.max_minutes", "train.log_every", "train.save_every", "train.keep",
                   "train.checksum_every", "train.eval_every", "train.eval_limit", "train.resume",
-                  "train.max_skipped_in_a_row", "pool.backend", "pool.top_k", "model.attention")
+                  "train.max_skipped_in_a_row", "pool.backend", "pool.top_k", "model.attention",
+                  "model.checkpointing", "model.compile")
 """Keys that may differ between a checkpoint and the run that goes on from it."""
 
 

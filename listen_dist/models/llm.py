@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,7 +82,7 @@ class CompiledLayers:
 
     def __init__(self, llm: nn.Module) -> None:
         self._layers = decoder_layers(llm)
-        self._compiled = [torch.compile(layer.forward, dynamic=True) for layer in self._layers]
+        self._compiled: list[Callable[..., Any]] = []
 
     def switch(self, active: bool) -> None:
         """Compiled from now on, or as the class has it.
@@ -89,13 +90,15 @@ class CompiledLayers:
         Raises:
             ConfigError: no C++ compiler for a CPU.
         """
-        if active and not has_compiler(next(self._layers.parameters()).device):
-            raise ConfigError("model.compile needs a C++ compiler on a CPU, and there is no g++ (or $CXX); install "
-                              "one, or set model.compile=false")
-        for layer, compiled in zip(self._layers, self._compiled, strict=True):
+        if active and not self._compiled:  # not before: torch's compiler takes seconds to import
+            if not has_compiler(next(self._layers.parameters()).device):
+                raise ConfigError("model.compile needs a C++ compiler on a CPU, and there is no g++ (or $CXX); install "
+                                  "one, or set model.compile=false")
+            self._compiled = [torch.compile(layer.forward, dynamic=True) for layer in self._layers]
+        for i, layer in enumerate(self._layers):
             vars(layer).pop("forward", None)  # the class's own shows again
             if active:
-                layer.forward = compiled
+                layer.forward = self._compiled[i]
 
 
 def has_compiler(device: torch.device) -> bool:

@@ -67,11 +67,12 @@ def test_decoding_is_not_compiled(both: list[Parts], monkeypatch: pytest.MonkeyP
 
 
 def test_without_a_compiler_training_is_refused_and_decoding_is_not(
-        both: list[Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+        tiny_world: tiny.Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    both[0].model.eval()
+    model = assemble(tiny_world.config("model.compile=true", "parallel.llm=replicated"), torch.device("cpu")).model
+    model.eval()
     with pytest.raises(ConfigError, match="C\\+\\+ compiler.*model.compile=false"):
-        both[0].model.train()
+        model.train()
 
 
 def test_a_sharded_llm_is_refused(tiny_world: tiny.Tiny) -> None:
