@@ -369,6 +369,7 @@ def run_program(config: Config, stop: StopRequest) -> int:
         run = set_up(config, device, stop, found and found[0], state, start_up)
         if config.parallel.health_check:
             report_links(device)
+            start_up.lap("links")
         run.started = time.monotonic()
         outcome: tracking.Outcome = "FAILED"
         try:

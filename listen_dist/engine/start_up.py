@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import psutil
 
-LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run")
+LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
 
 
 class StartUp:
-    """Seconds by part, from the start of the oldest launcher above this process."""
+    """Seconds by part, from the start of the oldest launcher above this process, or of this one without a launcher."""
 
     def __init__(self) -> None:
         process = psutil.Process()
@@ -33,6 +34,6 @@ class StartUp:
 def _launches(process: psutil.Process) -> bool:
     """A Slurm step's processes start at their own pace, so srun is none."""
     try:
-        return any(name in word for word in process.cmdline()[:4] for name in LAUNCHERS)
+        return any(Path(word).name in LAUNCHERS for word in process.cmdline()[:4])
     except psutil.Error:
         return False

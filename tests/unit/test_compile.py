@@ -12,6 +12,7 @@ from listen_dist.schema import ConfigError
 from tests import tiny
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
+compiles = pytest.mark.skipif(not llm.has_compiler(torch.device("cpu")), reason="no C++ compiler here (g++ or $CXX)")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,7 @@ def gradients(parts: Parts, rows: int) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in parts.model.trainable.named_parameters() if p.grad is not None}
 
 
+@compiles
 def test_gradients_are_the_same_for_all_sizes_and_graphs_are_few(both: list[Parts]) -> None:
     from torch._dynamo.utils import counters
 
@@ -45,6 +47,7 @@ def test_gradients_are_the_same_for_all_sizes_and_graphs_are_few(both: list[Part
     assert 1 <= counters["stats"]["unique_graphs"] <= 4
 
 
+@compiles
 def test_adapters_learn_the_same(tiny_world: tiny.Tiny) -> None:
     """LoRA's matrices lie inside the compiled layers."""
     found, expected = (gradients(assemble(tiny_world.config(
@@ -55,7 +58,8 @@ def test_adapters_learn_the_same(tiny_world: tiny.Tiny) -> None:
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()), msg=name)
 
 
-def test_decoding_is_not_compiled(both: list[Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+@compiles
+def test_decoding_is_not_compiled(both: list[Parts]) -> None:
     texts = []
     for parts in both[:2]:
         batch = parts.reader(parts.config.data.train, with_targets=False)[[SampleRef(0, 0, row) for row in range(3)]]

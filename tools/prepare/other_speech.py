@@ -11,7 +11,6 @@ are there already are not fetched again, and the manifest comes out the same byt
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections import Counter
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import soundfile
 from debian_packages import fetch_files
 from phone_rules import record_id
-from recipe import PrepareError, run_main
+from recipe import PrepareError, recordings_parser, run_main
 
 from listen_dist.data.manifest import write_manifest
 from listen_dist.structures import Record
@@ -31,14 +30,7 @@ READINGS = {"cards": "cards/cards.transcription", "librivox": "librivox/transcri
 
 def main() -> None:
     """Fetch, then write the manifest."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("assets/manifests"), help="folder for the manifest")
-    parser.add_argument(
-        "--recordings", type=Path, default=Path("assets/recordings"), help="folder for the audio"
-    )
-    options = parser.parse_args()
+    options = recordings_parser(__doc__).parse_args()
     recordings = options.recordings.resolve()
     fetch_files({"tuxpaint-stamps-default": _stamp, "pocketsphinx-testdata": _reading}, recordings)
     records = [*animals(recordings / FOLDER / "animals"), *readings(recordings / FOLDER)]

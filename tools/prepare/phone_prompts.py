@@ -12,7 +12,6 @@ there already are not fetched again, and the manifests come out the same bytes e
 
 from __future__ import annotations
 
-import argparse
 import gzip
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from pathlib import Path
 import phone_rules as rules
 from debian_packages import Rename, fetch_files
 from phone_pairs import Clip, draw_pairs
-from recipe import PrepareError, run_main
+from recipe import PrepareError, recordings_parser, run_main
 
 from listen_dist.data.manifest import write_manifest
 from listen_dist.structures import Record
@@ -45,14 +44,7 @@ QUESTIONS = {"train": 1000, "dev": 100, "test": 100}
 
 def main() -> None:
     """Fetch, then write all manifests."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("assets/manifests"), help="folder for the manifests")
-    parser.add_argument(
-        "--recordings", type=Path, default=Path("assets/recordings"), help="folder for the audio"
-    )
-    options = parser.parse_args()
+    options = recordings_parser(__doc__).parse_args()
     recordings = options.recordings.resolve()
     fetch_files(_packages(), recordings)
     with gzip.open(recordings / TRANSCRIPTS, "rt", encoding="utf-8") as file:

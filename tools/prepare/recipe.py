@@ -36,6 +36,16 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}")
 
 
+def recordings_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return the command line of a recipe that fetches its recordings: --out --recordings."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("assets/manifests"), help="folder for the manifests")
+    parser.add_argument(
+        "--recordings", type=Path, default=Path("assets/recordings"), help="folder for the audio"
+    )
+    return parser
+
+
 def recipe_parser(doc: str | None, folder: str) -> argparse.ArgumentParser:
     """Return the command line of a recipe that reads a folder: FOLDER --out --threads."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

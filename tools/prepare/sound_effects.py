@@ -11,13 +11,12 @@ are there already are not fetched again, and the manifests come out the same byt
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from pathlib import Path, PurePosixPath
 
 from debian_packages import Rename, fetch_files
 from phone_rules import SPLITS, id_split, record_id
-from recipe import PrepareError, run_main
+from recipe import PrepareError, recordings_parser, run_main
 from sound_names import captions
 
 from listen_dist.data.decode import probe_seconds
@@ -39,13 +38,7 @@ MIN_SECONDS, MAX_SECONDS = 0.2, 10.0
 
 def main() -> None:
     """Fetch, then write the manifests."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("assets/manifests"), help="folder for the manifests")
-    parser.add_argument(
-        "--recordings", type=Path, default=Path("assets/recordings"), help="folder for the audio"
-    )
+    parser = recordings_parser(__doc__)
     parser.add_argument("--skip-wesnoth", action="store_true", help="leave out the biggest package (146 MB)")
     options = parser.parse_args()
     recordings = options.recordings.resolve()

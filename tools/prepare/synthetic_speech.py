@@ -17,7 +17,6 @@ new orders, which can't be known by heart. `--remixed` does so with the fortunes
 
 from __future__ import annotations
 
-import argparse
 import ctypes.util
 import os
 import re
@@ -33,7 +32,7 @@ from pathlib import Path
 
 from debian_packages import fetch_files
 from phone_rules import SPLITS, digest, drawn, normalise, record_id
-from recipe import PrepareError, run_main
+from recipe import PrepareError, recordings_parser, run_main
 from tqdm import tqdm
 
 from listen_dist.data.manifest import read_manifest, write_manifest
@@ -112,9 +111,7 @@ class Clip:
 
 def main() -> None:
     """Fetch, choose the sentences, speak them, write the manifests."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = recordings_parser(__doc__)
     parser.add_argument("--sentences", type=int, default=2000, help="clips to train on (default: 2000)")
     parser.add_argument(
         "--recombined", type=int, default=0, help="clips more, of the telephone prompts' words (default: 0)"
@@ -127,10 +124,6 @@ def main() -> None:
         "then the texts' commonest words (default: 0)"
     )
     parser.add_argument("--name", default="asr_synthetic", help="of the set, in its manifests' names")
-    parser.add_argument("--out", type=Path, default=Path("assets/manifests"), help="folder for the manifests")
-    parser.add_argument(
-        "--recordings", type=Path, default=Path("assets/recordings"), help="folder for the audio"
-    )
     parser.add_argument("--workers", type=int, default=2, help="clips spoken at a time (default: 2)")
     options = parser.parse_args()
     if min(options.sentences, options.workers) < 1 or min(options.recombined, options.remixed, options.words) < 0:
@@ -248,7 +241,7 @@ def training_prompts(manifests: Path) -> list[str]:
 
 
 def recombined(prompts: Sequence[str], count: int, known: set[str]) -> list[str]:
-    """Return `count` clean sentences that are a chain of the prompts' word pairs, none of them a known sentence.
+    """Return `count` sentences that are a chain of the prompts' word pairs, none of them a known sentence.
 
     Raises:
         PrepareError: the prompts give fewer.
@@ -264,8 +257,7 @@ def recombined(prompts: Sequence[str], count: int, known: set[str]) -> list[str]
             choices = following[words[-1]]
             words.append(choices[digest(f"recombined/{turn}/{len(words)}") % len(choices)])
         text = " ".join(words[1:-1])
-        fits = MIN_WORDS <= len(words) - 2 <= MAX_RECOMBINED and not BLOCKED.search(text)
-        if fits and normalise(text) not in known:
+        if MIN_WORDS <= len(words) - 2 <= MAX_RECOMBINED and normalise(text) not in known:
             found.setdefault(normalise(text), text)
         if len(found) == count:
             return list(found.values())
