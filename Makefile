@@ -52,9 +52,11 @@ quickstart: evaluate  ## all of it, from nothing to a table of results
 	@echo "Next:    the README's section 'Going on'."
 
 demo: shards  ## train configs/demo_full.yaml, longer and with more synthetic speech, and score it
-	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 3600 --recombined 5000 --remixed 8000 --words 2200 --name asr_synthetic_full
+	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 3600 --recombined 9000 --remixed 8000 --words 4000 --perturb \
+	  --name asr_synthetic_full --workers $(RANKS)
+	$(BIN)/python tools/prepare/joined_prompts.py
 	$(BIN)/python tools/prepare/other_speech.py
-	$(SHARD) assets/manifests/asr_synthetic_full.*.jsonl assets/manifests/asr_other.test.jsonl assets/shards
+	$(SHARD) $(patsubst %,assets/manifests/%.*.jsonl,asr_synthetic_full asr_joined asr_other) assets/shards
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/demo_full.yaml
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/demo_full.yaml
 	for name in asr_other asr_synthetic_full; do \

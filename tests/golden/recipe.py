@@ -24,8 +24,6 @@ from tests import launching  # noqa: E402
 
 STEPS, CLIPS = 50, 120
 ASSETS, CONFIG = launching.ROOT / "assets", launching.ROOT / "configs/demo_full.yaml"
-LIKE = {"asr_synthetic_full": "asr_synthetic"}
-"""The quickstart's manifest begins with the same clips."""
 
 
 def set_name(path: str) -> str:
@@ -33,20 +31,28 @@ def set_name(path: str) -> str:
     return Path(path).parent.name
 
 
-def manifest_of(path: str) -> Path:
-    name = set_name(path)
-    return ASSETS / f"manifests/{LIKE.get(name, name)}.train.jsonl"
+def write_manifests(folder: Path, names: list[str]) -> list[Path]:
+    """The first clips of each training set in `folder`; the sets that only the demo has are made by its recipes."""
+    for split in ("train", "dev", "test"):  # the recipes take the prompts from where they write to
+        write_manifest(folder / f"asr.{split}.jsonl", list(read_manifest(ASSETS / f"manifests/asr.{split}.jsonl")))
+    for recipe, *options in (("joined_prompts.py", "--clips", str(CLIPS), "--recordings", folder),
+                             ("synthetic_speech.py", "--sentences", str(CLIPS), "--perturb", "--name",
+                              "asr_synthetic_full", "--recordings", ASSETS / "recordings")):
+        launching.run([sys.executable, f"tools/prepare/{recipe}", "--out", folder, *options], 300).check()
+    manifests = [folder / f"{name}.train.jsonl" for name in names]
+    for path in manifests:
+        source = path if path.is_file() else ASSETS / "manifests" / path.name
+        write_manifest(path, list(read_manifest(source))[:CLIPS])
+    return manifests
 
 
 def losses(folder: Path) -> list[float]:
     """Write shards of each set's first clips and train on them; the loss of each step."""
     config = configuration.load(CONFIG)
-    sets, manifests = [], []
-    for entry in config.data.train:
-        name = set_name(entry.path)
-        manifests.append(folder / f"{name}.train.jsonl")
-        write_manifest(manifests[-1], list(read_manifest(manifest_of(entry.path)))[:CLIPS])
-        sets.append(f"{{path: {folder / 'shards' / name / 'train'}, weight: {entry.weight}}}")
+    names = [set_name(entry.path) for entry in config.data.train]
+    manifests = write_manifests(folder, names)
+    sets = [f"{{path: {folder / 'shards' / name / 'train'}, weight: {entry.weight}}}"
+            for name, entry in zip(names, config.data.train, strict=True)]
     words = [sys.executable, "tools/shard_dataset.py", "--separate", "--features", "speech", "--speech-encoder",
              config.model.speech_encoder, "--workers", "2", *manifests, folder / "shards"]
     launching.run(words, 300).check()

@@ -96,6 +96,12 @@ def test_ids_are_pinned() -> None:
     assert (clip.id, clip.stretch) == ("syn-slt-d2484a9110", 1.11), "other ids orphan the recordings that are there"
 
 
+def test_perturbed_clips_have_ids_and_speeds_of_their_own() -> None:
+    clips = [clip.perturbed for clip in speech.choose_clips([made_up()], 150, set())]
+    assert {clip.percent for clip in clips} == set(speech.SPEED_PERCENT)
+    assert speech.Clip("Who cares?", "slt", "train").perturbed.id == "syn-slt-d2484a9110-112"
+
+
 def test_splits_share_no_sentence_and_no_voice() -> None:
     clips = speech.choose_clips([made_up()], 150, set())
     held = [clip for clip in clips if clip.split == "test"]
@@ -196,6 +202,9 @@ def test_flite_speaks_once(tmp_path: Path) -> None:
     assert speech.speak_all([clip], tmp_path, workers=1) == [record]
     assert Path(record.audio[0]).stat().st_mtime_ns == before.st_mtime_ns, "a finished clip is kept"
     assert [path.name for path in (tmp_path / "clips").iterdir()] == [f"{clip.id}.wav"]
+    [faster] = speech.speak_all([replace(clip, percent=115)], tmp_path, workers=1)
+    assert faster.id == f"{clip.id}-115" and faster.target == record.target
+    assert faster.duration == pytest.approx(record.duration / 1.15, abs=1e-3)
     with pytest.raises(PrepareError, match="16 kHz"):  # flite takes its 8 kHz voice for a name it doesn't know
         speech.speak_all([replace(clip, voice="nobody")], tmp_path, workers=1)
 

@@ -13,6 +13,8 @@ same bytes every time, and a run that was stopped goes on where it was.
 
 `--recombined` adds sentences that go from word to word as the telephone prompts to train on do: their words in
 new orders, which can't be known by heart. `--remixed` does so with the fortunes. `--words` adds clips of one word.
+`--perturb` plays every clip to train on at a speed of its own, pitch included, which makes many voices of three
+(Ko et al. 2015, "Audio augmentation for speech recognition").
 """
 
 from __future__ import annotations
@@ -25,16 +27,20 @@ import wave
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import soundfile
+import torchaudio.functional
 from debian_packages import fetch_files
 from phone_rules import SPLITS, digest, drawn, normalise, record_id
 from recipe import PrepareError, recordings_parser, run_main
+from torch import from_numpy
 from tqdm import tqdm
 
+from listen_dist.data.decode import decode_audio
 from listen_dist.data.manifest import read_manifest, write_manifest
 from listen_dist.structures import SAMPLE_RATE, Record
 
@@ -50,6 +56,8 @@ LONG_WORDS = 9
 """Of the sentences this long half are left out, which brings the mean from 2.3 s to 2.2 s."""
 STRETCH_PERCENT = range(85, 116)
 """Length of a clip, in percent of the voice's own."""
+SPEED_PERCENT = range(85, 116)
+"""Speed of a perturbed clip, in percent of what was spoken."""
 SPEAK_TIMEOUT = 60
 """Seconds; a sentence takes 0.04."""
 
@@ -97,11 +105,19 @@ class Clip:
     text: str
     voice: str
     split: str
+    percent: int = 100
+    """Speed in percent of what the voice speaks, pitch included."""
 
     @property
     def id(self) -> str:
-        """Name of the record and of the file: a function of voice and text alone."""
-        return record_id("syn", self.voice, f"{digest(f'{self.voice}/{self.text}') % 16**10:010x}")
+        """Name of the record and of the file: a function of voice, text and speed alone."""
+        name = record_id("syn", self.voice, f"{digest(f'{self.voice}/{self.text}') % 16**10:010x}")
+        return name if self.percent == 100 else f"{name}-{self.percent}"
+
+    @property
+    def perturbed(self) -> Clip:
+        """The same clip at a speed of its own."""
+        return replace(self, percent=SPEED_PERCENT[digest(f"speed/{self.id}") % len(SPEED_PERCENT)])
 
     @property
     def stretch(self) -> float:
@@ -123,6 +139,9 @@ def main() -> None:
         "--words", type=int, default=0, help="clips more of one word each: numbers, days, letters by every voice, "
         "then the texts' commonest words (default: 0)"
     )
+    parser.add_argument(
+        "--perturb", action="store_true", help="each clip to train on at 0.85 to 1.15 times its speed and pitch"
+    )
     parser.add_argument("--name", default="asr_synthetic", help="of the set, in its manifests' names")
     parser.add_argument("--workers", type=int, default=2, help="clips spoken at a time (default: 2)")
     options = parser.parse_args()
@@ -141,6 +160,8 @@ def main() -> None:
         sources = [text for text in clean_sentences(texts, MAX_SOURCE) if normalise(text) not in held]
         clips += [_train_clip(text) for text in recombined(sources, options.remixed, known)]
     clips += single_words(texts, options.words, known)
+    if options.perturb:
+        clips = [clip.perturbed if clip.split == "train" else clip for clip in clips]
     records = speak_all(clips, recordings / FOLDER, options.workers)
     print(f"{'set':<20}{'split':<7}{'records':>8}{'hours':>8}{'mean s':>8}  voices")
     for split in ("train", "test"):
@@ -337,7 +358,13 @@ def speak(clip: Clip, folder: Path) -> Record:
     if not path.is_file():
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            run_flite(clip, folder / "flite", temporary)
+            if clip.percent == 100:
+                run_flite(clip, folder / "flite", temporary)
+            else:
+                spoken = speak(replace(clip, percent=100), folder)
+                samples = from_numpy(decode_audio(spoken.audio[0]))
+                faster = torchaudio.functional.resample(samples, clip.percent, 100)
+                soundfile.write(temporary, faster.numpy(), SAMPLE_RATE, format="WAV")
             wav_seconds(temporary)
             temporary.replace(path)
         finally:
