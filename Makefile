@@ -13,6 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 SETS := asr asr_synthetic language_id speaker_verification speech_qa caption
+DEMO_SETS := asr_synthetic_full asr_joined language_id_full speaker_verification_full asr_other
 SHARD = $(BIN)/python tools/shard_dataset.py --separate --overwrite --features speech \
   --speech-encoder assets/models/whisper-tiny.en --workers $(RANKS)
 .PHONY: help setup models recordings shards train evaluate quickstart demo try comparison report test test-tools faults ledger lint clean
@@ -54,9 +55,10 @@ quickstart: evaluate  ## all of it, from nothing to a table of results
 demo: shards  ## train configs/demo_full.yaml, longer and with more synthetic speech, and score it
 	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 3600 --recombined 9000 --remixed 8000 --words 4000 --perturb \
 	  --name asr_synthetic_full --workers $(RANKS)
+	$(BIN)/python tools/prepare/phone_prompts.py --full
 	$(BIN)/python tools/prepare/joined_prompts.py
 	$(BIN)/python tools/prepare/other_speech.py
-	$(SHARD) $(patsubst %,assets/manifests/%.*.jsonl,asr_synthetic_full asr_joined asr_other) assets/shards
+	$(SHARD) $(DEMO_SETS:%=assets/manifests/%.*.jsonl) assets/shards
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/demo_full.yaml
 	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/demo_full.yaml
 	for name in asr_other asr_synthetic_full; do \

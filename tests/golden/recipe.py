@@ -32,12 +32,12 @@ def set_name(path: str) -> str:
 
 
 def write_manifests(folder: Path, names: list[str]) -> list[Path]:
-    """The first clips of each training set in `folder`; the sets that only the demo has are made by its recipes."""
-    for split in ("train", "dev", "test"):  # the recipes take the prompts from where they write to
-        write_manifest(folder / f"asr.{split}.jsonl", list(read_manifest(ASSETS / f"manifests/asr.{split}.jsonl")))
-    for recipe, *options in (("joined_prompts.py", "--clips", str(CLIPS), "--recordings", folder),
+    """The first clips of each training set in `folder`, made by the demo's recipes; the captions are as they are."""
+    recordings = ASSETS / "recordings"
+    for recipe, *options in (("phone_prompts.py", "--full", "--recordings", recordings),
+                             ("joined_prompts.py", "--clips", str(CLIPS), "--recordings", folder),
                              ("synthetic_speech.py", "--sentences", str(CLIPS), "--perturb", "--name",
-                              "asr_synthetic_full", "--recordings", ASSETS / "recordings")):
+                              "asr_synthetic_full", "--recordings", recordings)):
         launching.run([sys.executable, f"tools/prepare/{recipe}", "--out", folder, *options], 300).check()
     manifests = [folder / f"{name}.train.jsonl" for name in names]
     for path in manifests:

@@ -14,6 +14,7 @@ from listen_dist.structures import Record
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools/prepare"))
 
+import phone_prompts  # noqa: E402
 import phone_rules as rules  # noqa: E402
 from phone_pairs import Clip, draw_pairs  # noqa: E402
 from sound_names import captions  # noqa: E402
@@ -216,3 +217,18 @@ def test_real_recordings_are_there(real: dict[str, dict[str, list[Record]]]) -> 
     for splits in real.values():
         for records in splits.values():
             assert all(Path(path).is_file() for record in records for path in record.audio)
+
+
+def test_the_full_sets_are_larger_balanced_and_of_the_training_prompts(
+    real: dict[str, dict[str, list[Record]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recordings = str(ROOT / "assets/recordings")
+    command = ["phone_prompts.py", "--full", "--out", str(tmp_path), "--recordings", recordings]
+    monkeypatch.setattr(sys, "argv", command)
+    phone_prompts.main()
+    held = {path for task in TASKS for split in ("dev", "test") for r in real[task][split] for path in r.audio}
+    for task in ("language_id", "speaker_verification"):
+        few, full = real[task]["train"], list(read_manifest(tmp_path / f"{task}_full.train.jsonl"))
+        assert len(full) > 2 * len(few) and len({record.id for record in full}) == len(full)
+        assert not held & {path for record in full for path in record.audio}
+        assert len(set(Counter(record.target for record in full).values())) == 1

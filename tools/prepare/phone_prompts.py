@@ -8,6 +8,9 @@ core-sounds-en.txt.gz of asterisk-core-sounds-en; layout: /usr/share/asterisk/so
 Written: {asr,language_id,speaker_verification,speech_qa,translation}.{train,dev,test}.jsonl. A prompt is in
 the same split in every language and task, and no English sentence is in two splits. Files that are
 there already are not fetched again, and the manifests come out the same bytes every time.
+
+`--full` writes language_id_full.train.jsonl and speaker_verification_full.train.jsonl as well: all clips, and more
+pairs, for a longer training.
 """
 
 from __future__ import annotations
@@ -39,19 +42,22 @@ MIN_SECONDS, MAX_SECONDS = 0.2, 30.0
 LANGUAGE_CLIPS = {"train": 150, "dev": 30, "test": 30}
 """Clips a language for language_id."""
 PAIRS = {"train": 600, "dev": 80, "test": 100}
+FULL_PAIRS = 3000
 QUESTIONS = {"train": 1000, "dev": 100, "test": 100}
 
 
 def main() -> None:
     """Fetch, then write all manifests."""
-    options = recordings_parser(__doc__).parse_args()
+    parser = recordings_parser(__doc__)
+    parser.add_argument("--full", action="store_true", help="also larger sets to train on")
+    options = parser.parse_args()
     recordings = options.recordings.resolve()
     fetch_files(_packages(), recordings)
     with gzip.open(recordings / TRANSCRIPTS, "rt", encoding="utf-8") as file:
         transcripts = rules.parse_transcripts(file.read())
     clips = find_clips(recordings / FOLDER, transcripts)
     print(f"{len(clips)} clips with speech, {sum(clip.seconds for clip in clips) / 3600:.2f} h")
-    write_all(clips, transcripts, options.out.resolve())
+    write_all(clips, transcripts, options.out.resolve(), options.full)
 
 
 def _packages() -> dict[str, Rename]:
@@ -88,7 +94,7 @@ def find_clips(folder: Path, transcripts: dict[str, str]) -> list[Clip]:
     return clips
 
 
-def write_all(clips: list[Clip], transcripts: dict[str, str], out: Path) -> None:
+def write_all(clips: list[Clip], transcripts: dict[str, str], out: Path, full: bool) -> None:
     """Write every task's three manifests and print a table of what is in them."""
     makers: dict[str, Callable[[list[Clip], dict[str, str], str], list[Record]]] = {
         "asr": asr_records,
@@ -100,15 +106,25 @@ def write_all(clips: list[Clip], transcripts: dict[str, str], out: Path) -> None
     split_of = {
         prompt: split for split, group in rules.split_prompts(transcripts).items() for prompt in group
     }
-    print(f"{'task':<22}{'split':<7}{'records':>8}{'hours':>8}  answers")
+    groups = {split: [c for c in clips if split_of.get(c.prompt) == split] for split in rules.SPLITS}
+    print(f"{'task':<26}{'split':<7}{'records':>8}{'hours':>8}  answers")
     for task, make in makers.items():
-        for split in rules.SPLITS:
-            records = make([c for c in clips if split_of.get(c.prompt) == split], transcripts, split)
-            write_manifest(out / f"{task}.{split}.jsonl", records)
-            hours = sum(record.duration or 0.0 for record in records) / 3600
-            top = Counter(record.target for record in records).most_common(6)
-            shown = ", ".join(f"{answer} {count}" for answer, count in top) if top[0][1] > 4 else "all texts"
-            print(f"{task:<22}{split:<7}{len(records):>8}{hours:>8.2f}  {shown}")
+        for split, group in groups.items():
+            _write(out, task, make(group, transcripts, split))
+    if full:
+        _write(out, "language_id_full", language_records(groups["train"], transcripts, "train", len(clips)))
+        pairs = verification_records(groups["train"], transcripts, "train", FULL_PAIRS)
+        _write(out, "speaker_verification_full", pairs)
+
+
+def _write(out: Path, name: str, records: list[Record]) -> None:
+    """Write a manifest of one split, and its row of the table."""
+    split = records[0].split
+    write_manifest(out / f"{name}.{split}.jsonl", records)
+    hours = sum(record.duration or 0.0 for record in records) / 3600
+    top = Counter(record.target for record in records).most_common(6)
+    shown = ", ".join(f"{answer} {count}" for answer, count in top) if top[0][1] > 4 else "all texts"
+    print(f"{name:<26}{split:<7}{len(records):>8}{hours:>8.2f}  {shown}")
 
 
 def asr_records(clips: list[Clip], transcripts: dict[str, str], split: str) -> list[Record]:
@@ -125,14 +141,16 @@ def translation_records(clips: list[Clip], transcripts: dict[str, str], split: s
     ]
 
 
-def language_records(clips: list[Clip], transcripts: dict[str, str], split: str) -> list[Record]:
+def language_records(
+    clips: list[Clip], transcripts: dict[str, str], split: str, most: int | None = None
+) -> list[Record]:
     """Equally many clips of every language, of 1 to 5 s as far as there are enough (long ones only cost)."""
     names = [voice[2] for voice in VOICES.values()]
     groups = []
     for language in VOICES:
         group = rules.drawn([c for c in clips if c.language == language], f"language_id/{split}")
         groups.append(sorted(group, key=lambda clip: not 1.0 <= clip.seconds <= 5.0))
-    size = min(LANGUAGE_CLIPS[split], *(len(group) for group in groups))
+    size = min(most or LANGUAGE_CLIPS[split], *(len(group) for group in groups))
     return [
         _record("language_id", clip, split, VOICES[clip.language][2], meta={"choices": names})
         for group in groups
@@ -140,11 +158,13 @@ def language_records(clips: list[Clip], transcripts: dict[str, str], split: str)
     ]
 
 
-def verification_records(clips: list[Clip], transcripts: dict[str, str], split: str) -> list[Record]:
+def verification_records(
+    clips: list[Clip], transcripts: dict[str, str], split: str, count: int | None = None
+) -> list[Record]:
     """Pairs of clips of 1 to 4 s by the same speaker or by two (see phone_pairs.py)."""
     short = [clip for clip in clips if 1.0 <= clip.seconds <= 4.0]
     records = []
-    for first, second, answer in draw_pairs(short, PAIRS[split], f"pairs/{split}"):
+    for first, second, answer in draw_pairs(short, count or PAIRS[split], f"pairs/{split}"):
         name = f"{rules.digest(f'{first}+{second}') % 16**8:08x}"
         records.append(
             Record(
