@@ -21,7 +21,7 @@ import argparse
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, e.g. the config.yaml of a run folder")
-    parser.add_argument("--checkpoint", help="checkpoint or run folder (default: the newest of run_dir)")
+    parser.add_argument("--checkpoint", help="checkpoint, export or run folder (default: the newest of run_dir)")
     parser.add_argument("--out", help="where results go (default: run_dir)")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not used")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, e.g. eval.beams=4")
@@ -42,7 +42,7 @@ from listen_dist import dist, logs
 from listen_dist.data.decode import AudioError
 from listen_dist.data.loader import LoaderError
 from listen_dist.data.shards import ShardError
-from listen_dist.engine import checkpoint
+from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
 from listen_dist.engine.checkpoint import CheckpointError
 from listen_dist.evaluation import predictions as files
@@ -140,19 +140,20 @@ def write_report(run: Evaluated, parts: Parts) -> None:
 def evaluate(arguments: argparse.Namespace, config: Config) -> int:
     device = dist.setup(config.device, config.parallel.timeout_minutes)
     logs.setup()
-    path = checkpoint.resolve(Path(arguments.checkpoint or config.run_dir))
-    state = checkpoint.read_state(path)
+    path = exports.resolve(Path(arguments.checkpoint or config.run_dir))
+    step = exports.step_of(path)
     config = with_pool_tasks(config)
     splits = {split: sets_of(config, split) for split in config.eval.splits}
     saved = check_same_model(path, config)
     parts = assemble(config, device)
+    exports.check_frozen(path, config, exports.encoder_fingerprints(parts.model))
     checkpoint.load_trainables(path, parts.model.trainable)
     parts.model.eval()
     places = Places(path, Path(arguments.out or config.run_dir))
     with placed(parts) as whole:
         decoder = Decoder(parts, config.eval, config.pool.k, whole)
         for split, sets in splits.items():
-            evaluate_split(decoder, split, sets, places, saved, state.step)
+            evaluate_split(decoder, split, sets, places, saved, step)
     return 0
 
 

@@ -82,6 +82,12 @@ def _read(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"{file}: damaged ({reason}); copy the export again")
 
 
+def step_of(path: Path) -> int:
+    """Steps that a resolved export or checkpoint was trained for."""
+    is_export = (path / "export.json").is_file()
+    return int(_read(path)["step"]) if is_export else checkpoint.read_state(path).step
+
+
 def read_usage(path: Path) -> dict[str, list[float]]:
     """By task, the share of clips that had each prompt in front [N]; empty where the export does not say."""
     return dict(_read(path).get("usage", {}))

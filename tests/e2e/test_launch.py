@@ -119,6 +119,15 @@ def test_another_layout_decodes_the_same(greedy: tuple[Path, str], evaluate: Eva
     assert read_results(folder)["tasks"] == read_results(greedy[0])["tasks"]
 
 
+def test_an_export_is_scored_like_its_checkpoint(greedy: tuple[Path, str], evaluate: Evaluate, trained: TrainedRun,
+                                                 tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    launching.run([sys.executable, "tools/export.py", "--checkpoint", trained.folder, "--out", shared]).check()
+    folder, _ = evaluate("python", 1, "--checkpoint", str(shared))
+    assert read_results(folder)["tasks"] == read_results(greedy[0])["tasks"]
+    assert read_results(folder)["step"] == 12
+
+
 def test_beams(greedy: tuple[Path, str], evaluate: Evaluate) -> None:
     folder, _ = evaluate("torchrun", 2, "eval.beams=3", "eval.limit=5")
     assert read_results(folder)["decoding"]["beams"] == 3
