@@ -23,13 +23,13 @@ pytestmark = [
 
 
 def test_it_transcribes_held_out_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its card says 0.31 on all 43 clips; of these every third, the long ones left out."""
+    """Its card says 0.26 on all 43 clips; of these every third, the long ones left out."""
     monkeypatch.chdir(ROOT)
     records = [record for record in read_manifest(MANIFEST) if (record.duration or 0) < 5][::3]
     listener = Listener.from_checkpoint(MODEL, device="cpu")
     answers = listener.generate([record.audio[0] for record in records], task="asr")
     scores = wer_scores([answer.text for answer in answers], [record.answers[0] for record in records])
-    assert len(records) > 10 and scores["wer"] < 0.5
+    assert len(records) > 10 and scores["wer"] < 0.4
 
 
 def test_it_says_which_tasks_use_which_prompts() -> None:
