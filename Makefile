@@ -52,7 +52,7 @@ quickstart: evaluate  ## all of it, from nothing to a table of results
 	@echo "Curves:  $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"
 	@echo "Next:    the README's section 'Going on'."
 
-demo: shards  ## train configs/demo_full.yaml, longer and with more synthetic speech, and score it
+demo: shards  ## train configs/demo_full.yaml, longer and with more to hear, and score it
 	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 3600 --recombined 9000 --remixed 8000 --words 4000 --perturb \
 	  --name asr_synthetic_full --workers $(RANKS)
 	$(BIN)/python tools/prepare/phone_prompts.py --full

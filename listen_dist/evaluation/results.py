@@ -103,7 +103,12 @@ def check_same_model(path: Path, config: Config) -> Config:
 
 
 def untrained_tasks(saved: Config, tasks: set[str]) -> list[str]:
-    """Those of the tasks that the checkpoint never saw; none where its training sets are not here to ask."""
+    """Those of the tasks that the checkpoint never saw; none where its training sets are not here to ask.
+
+    An export names none, for they are another machine's folders.
+    """
+    if not saved.data.train:
+        return []
     try:
         trained = {task for entry in saved.data.train for task in ShardIndex.load(entry.path, saved.data).tasks}
     except ShardError:

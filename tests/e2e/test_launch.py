@@ -123,9 +123,10 @@ def test_an_export_is_scored_like_its_checkpoint(greedy: tuple[Path, str], evalu
                                                  tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     launching.run([sys.executable, "tools/export.py", "--checkpoint", trained.folder, "--out", shared]).check()
-    folder, _ = evaluate("python", 1, "--checkpoint", str(shared))
+    folder, output = evaluate("python", 1, "--checkpoint", str(shared))
     assert read_results(folder)["tasks"] == read_results(greedy[0])["tasks"]
     assert read_results(folder)["step"] == 12
+    assert "never trained" not in output, "an export does not say what it was trained on"
 
 
 def test_beams(greedy: tuple[Path, str], evaluate: Evaluate) -> None:

@@ -34,7 +34,8 @@ def prompts(tmp_path: Path) -> list[Record]:
 
 def test_clips_are_drawn_by_their_number_and_no_row_is_too_long(prompts: list[Record]) -> None:
     clips = [joined_prompts.draw(prompts, number) for number in range(300)]
-    assert clips == [joined_prompts.draw(prompts, number) for number in range(300)]
+    first = clips[0]  # other ids orphan the recordings that are there
+    assert (first.id, first.percent, len(first.prompts)) == ("joined-000000-773e04", 105, 3)
     assert len({clip.id for clip in clips}) == 300
     assert {len(clip.prompts) for clip in clips} == {1, 2, 3, 4}
     assert {clip.percent for clip in clips} == set(range(90, 111))
