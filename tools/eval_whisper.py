@@ -4,8 +4,8 @@
     python tools/compare_runs.py runs/whisper-tiny.en runs/quickstart --tasks asr
 
 Takes the `asr` samples of the split's sets, and the whole Whisper model that `model.speech_encoder` names,
-decodes greedily with Whisper's own rules on 30 s windows, and writes results.json and predictions.jsonl as
-evaluate.py does, with the same normaliser.
+decodes with Whisper's own rules on 30 s windows and as many beams as `eval.beams` says, and writes results.json and
+predictions.jsonl as evaluate.py does, with the same normaliser.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def evaluate(config: Config, split: str, out: Path, batch: int) -> None:
     indexes = [index for index in (ShardIndex.load(entry.path, config.data) for entry in sets) if TASK in index.tasks]
     if not indexes:
         raise ConfigError(f"data.{split}: none of its sets holds a sample of the task {TASK!r}")
-    reader = Whisper.load(config.model.speech_encoder, config.device)
+    reader = Whisper.load(config.model.speech_encoder, config.device, config.eval.beams)
     predictions: list[Prediction] = []
     skipped: list[SkippedSample] = []
     for index in indexes:
@@ -79,7 +79,7 @@ def evaluate(config: Config, split: str, out: Path, batch: int) -> None:
     score_and_write(out, "", {
         "step": 0, "checkpoint": config.model.speech_encoder,
         "checkpoint_sha256": file_sha256(weights) if weights.is_file() else "", "split": split, "k": 0,
-        "decoding": {"decoder": "Whisper's own", "beams": 1, "batch": batch},
+        "decoding": {"decoder": "Whisper's own", "beams": config.eval.beams, "batch": batch},
         "data_fingerprints": {str(index.folder): index.fingerprint for index in indexes},
         "code_commit": code_commit(), "versions": versions(), "ranks": 1, "llm": "none", "untrained_tasks": [],
     }, sorted(predictions, key=lambda row: row.id), skipped)
@@ -112,9 +112,10 @@ class Whisper:
 
     model: WhisperForConditionalGeneration
     processor: WhisperProcessor
+    beams: int
 
     @classmethod
-    def load(cls, path: str, device: str) -> Whisper:
+    def load(cls, path: str, device: str, beams: int) -> Whisper:
         """From a folder or Hugging Face name, in fp32.
 
         Raises:
@@ -129,14 +130,14 @@ class Whisper:
             raise ValueError(f"model.speech_encoder = {path!r}: has no decoder to score: {len(missing)} weights are "
                              f"missing, the first {missing[0]}")
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        return cls(model.eval().to("cuda" if cuda else "cpu"), WhisperProcessor.from_pretrained(path))
+        return cls(model.eval().to("cuda" if cuda else "cpu"), WhisperProcessor.from_pretrained(path), beams)
 
     @torch.no_grad()
     def transcribe(self, samples: Sequence[AudioSample]) -> list[str]:
-        """Greedy transcripts of some clips, each padded with silence to 30 s as Whisper was trained."""
+        """Transcripts of some clips, each padded with silence to 30 s as Whisper was trained."""
         waves = [sample.waveform for sample in samples]
         features = self.processor(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
-        ids = self.model.generate(features.to(self.model.device), num_beams=1, do_sample=False,
+        ids = self.model.generate(features.to(self.model.device), num_beams=self.beams, do_sample=False,
                                   **self._languages(samples))
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 

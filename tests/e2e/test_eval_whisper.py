@@ -46,12 +46,13 @@ def words(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> li
 
 def test_it_transcribes_and_is_paired(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "whisper"
-    assert eval_whisper.main([*words, "--out", str(out), "--batch", "2"]) == 0
+    assert eval_whisper.main([*words, "eval.beams=2", "--out", str(out), "--batch", "2"]) == 0
     results: dict[str, Any] = json.loads((out / "results.json").read_text())
     entry = results["tasks"]["asr"]
     assert list(results["tasks"]) == ["asr"] and entry["samples"] == 3 and results["skipped"] == 0
     assert entry["metrics"]["wer"] < 0.3 and entry["computed_by"]["wer"].startswith("Whisper's English rules")
     assert len(results["checkpoint_sha256"]) == 64 and results["split"] == "test"
+    assert results["decoding"]["beams"] == 2
     rows = read_predictions(out / "predictions.jsonl")
     assert sorted(row.id for row in rows) == sorted(CLIPS)
 
