@@ -170,7 +170,7 @@ AT_LEAST = {
     "parallel.max_live_parameters": 0, "parallel.node_size": 0,
     "data.augment.gain_db": 0, "data.augment.time_masks": 0, "data.augment.mel_masks": 0,
     "data.augment.time_mask_seconds": 0, "data.augment.mel_mask_bins": 0, "eval.beams": 1,
-    "eval.batch_tokens": 32, "eval.limit": 0,
+    "eval.batch_tokens": 32, "eval.limit": 0, "eval.no_repeat_ngram_size": 0,
 }
 """Smallest values (a projector window: one frame; a target: one token and EOS)."""
 

@@ -293,6 +293,8 @@ class EvalConfig:
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
     """Above 1: less likely to say a token again. For tasks with free text only; one-word answers go without."""
+    no_repeat_ngram_size: int = 0
+    """No run of so many tokens comes twice in an answer, which ends a loop; 0: anything may. Free text only, too."""
     batch_tokens: int = 2048
     """Budget of LLM input tokens of one decoding batch."""
     limit: int = 0

@@ -120,9 +120,11 @@ class Decoder:
         """
         limits = [limit or token_limit(task, seconds) for task, seconds in zip(batch.tasks, batch.seconds, strict=True)]
         config = self.config
-        penalty = config.repetition_penalty if get_task(batch.tasks[0]).answers == "text" else 1.0
+        free = get_task(batch.tasks[0]).answers == "text"
         ids, matched = self.parts.model.generate(
-            batch, self.k, limits, num_beams=config.beams, repetition_penalty=penalty,
+            batch, self.k, limits, num_beams=config.beams,
+            repetition_penalty=config.repetition_penalty if free else 1.0,
+            no_repeat_ngram_size=config.no_repeat_ngram_size if free else 0,
             length_penalty=config.length_penalty if config.beams > 1 else None, synced_gpus=not self.whole, **options)
         return [Prediction(batch.ids[i], batch.tasks[i], self.parts.text.decode(row), batch.answers[i],
                            tuple(matched.indices[i].tolist()), tuple(matched.scores[i].tolist()), batch.choices[i])

@@ -23,6 +23,7 @@ from listen_dist.models.llm import has_compiler  # noqa: E402
 from tests import launching  # noqa: E402
 
 STEPS, CLIPS = 50, 120
+CURVES = ("loss", "learning_rate")
 ASSETS, CONFIG = launching.ROOT / "assets", launching.ROOT / "configs/demo_full.yaml"
 
 
@@ -46,8 +47,8 @@ def write_manifests(folder: Path, names: list[str]) -> list[Path]:
     return manifests
 
 
-def losses(folder: Path) -> list[float]:
-    """Write shards of each set's first clips and train on them; the loss of each step."""
+def curves(folder: Path) -> dict[str, list[float]]:
+    """Write shards of each set's first clips and train on them; each of `CURVES` by step."""
     config = configuration.load(CONFIG)
     names = [set_name(entry.path) for entry in config.data.train]
     manifests = write_manifests(folder, names)
@@ -62,11 +63,13 @@ def losses(folder: Path) -> list[float]:
              "train.eval_every=0", "tracking.mlflow=false", f"model.compile={compiled}"]
     assert config.train.warmup_steps >= STEPS
     launching.run(words, 900).check()
-    return [json.loads(line)["loss"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return {name: [row[name] for row in rows] for name in CURVES}
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        curve = losses(Path(scratch))
-    FILE.write_text(json.dumps([round(loss, 5) for loss in curve]) + "\n")
+        found = curves(Path(scratch))
+    FILE.write_text(json.dumps({name: [float(f"{value:.6g}") for value in curve] for name, curve in found.items()})
+                    + "\n")
     print(f"wrote {FILE}")

@@ -19,10 +19,16 @@ pytestmark = [
 
 
 def test_the_first_steps_are_the_committed_ones(tmp_path: Path) -> None:
-    """In bf16, where processors round differently and a step's loss follows: so means of ten steps."""
-    found, expected = recipe.losses(tmp_path), json.loads(recipe.FILE.read_text())
-    assert len(found) == len(expected) == recipe.STEPS
-    assert found[0] == pytest.approx(expected[0], rel=0.01)
+    """Losses in means of ten steps: in bf16 processors round differently, and later steps follow from it.
+
+    Half the learning rate moves these means by 1 to 4 %, another processor's rounding by up to 3 %: so the rates
+    are compared by themselves.
+    """
+    found, expected = recipe.curves(tmp_path), json.loads(recipe.FILE.read_text())
+    assert found["learning_rate"] == pytest.approx(expected["learning_rate"], rel=1e-5)
+    ours, theirs = found["loss"], expected["loss"]
+    assert len(ours) == len(theirs) == recipe.STEPS and ours[0] == pytest.approx(theirs[0], rel=0.01)
     for start in range(0, recipe.STEPS, 10):
-        ours, theirs = (statistics.mean(curve[start : start + 10]) for curve in (found, expected))
-        assert ours == pytest.approx(theirs, rel=0.05), f"steps {start + 1} to {start + 10}; see tests/golden/recipe.py"
+        window = slice(start, start + 10)
+        assert statistics.mean(ours[window]) == pytest.approx(statistics.mean(theirs[window]), rel=0.05), (
+            f"steps {start + 1} to {start + 10}; see tests/golden/recipe.py")

@@ -78,6 +78,7 @@ REFUSED_WORDS = [
     (["eval.beams=0"], r"eval\.beams = 0"),
     (["eval.batch_tokens=0"], r"eval\.batch_tokens = 0"),
     (["eval.limit=-1"], r"eval\.limit = -1"),
+    (["eval.no_repeat_ngram_size=-1"], r"eval\.no_repeat_ngram_size = -1"),
     (["parallel.timeout_minutes=0"], r"parallel\.timeout_minutes = 0"),
 ]
 

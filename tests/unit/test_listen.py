@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -273,3 +275,20 @@ def test_the_repetition_penalty_acts_on_free_text(parts_of: Any) -> None:
     batch = reader_of(parts, with_targets=False)[[SampleRef(0, 0, 0), SampleRef(0, 0, 1), SampleRef(0, 0, 3)]]
     texts = [[p.text for p in decoder(parts, repetition_penalty=value).answer(batch)] for value in (1.0, 5.0)]
     assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_no_run_of_tokens_comes_twice(parts_of: Any, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = parts_of("mlp")
+    batch = reader_of(parts, with_targets=False)[[SampleRef(0, 0, 0), SampleRef(0, 0, 1), SampleRef(0, 0, 3)]]
+    said: list[list[int]] = []
+    monkeypatch.setattr(type(parts.text), "decode", lambda _self, ids: said.append(ids) or "")
+
+    def most_often(**options: Any) -> int:
+        """How often the commonest two tokens in a row come in an answer."""
+        said.clear()
+        decoder(parts, beams=beams, **options).answer(batch)
+        return max(count for ids in said for count in Counter(pairwise(ids)).values())
+
+    assert most_often() > 1
+    assert most_often(no_repeat_ngram_size=2) == 1
