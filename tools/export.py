@@ -2,6 +2,7 @@
 
     python tools/export.py --checkpoint runs/quickstart --out quickstart-export
     python tools/export.py --checkpoint runs/quickstart --out small --half --results runs/quickstart/results.json
+    python tools/export.py --checkpoint runs/quickstart --out careful eval.beams=4
 
 The figures of results.json go into the model card; it must be of the same checkpoint. From predictions.jsonl beside it,
 where there is one, the export learns which tasks use which prompts, for the page (`python -m listen_dist.app`).
@@ -38,7 +39,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="Markdown for the end of the model card: the data it learned from, their licences")
     parser.add_argument("--half", action="store_true", help="store float16: half the size")
     add_frozen_models(parser)
-    return parser.parse_args(argv)
+    parser.add_argument("overrides", nargs="*", metavar="eval.key=value",
+                        help="how the export answers where the run's configuration says otherwise, e.g. eval.beams=4")
+    arguments = parser.parse_intermixed_args(argv)
+    for word in arguments.overrides:
+        if not word.startswith("eval."):
+            parser.error(f"{word!r}: what was trained cannot change in an export, only how it answers (eval.key=value)")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         source = checkpoint.resolve(arguments.checkpoint)
         checkpoint.read_state(source)
-        config = configuration.load(source / "config.yaml")
+        config = configuration.load(source / "config.yaml", arguments.overrides)
         moved = {key: getattr(arguments, key) or getattr(config.model, key) for key in exports.FROZEN}
         config = replace(config, model=replace(config.model, **moved))
         results = json.loads(arguments.results.read_text()) if arguments.results else None

@@ -152,7 +152,7 @@ def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, 
     Args:
         source: a resolved checkpoint.
         encoders: fingerprints of its encoders, by their config keys.
-        config: where the frozen models lie here.
+        config: where the frozen models lie here, and how the export answers.
         results: of an evaluation of this checkpoint (results.json), for the model card.
         half: store float16 instead of float32.
         usage: of the prompts by task, in the same evaluation (see `read_usage`).
@@ -173,7 +173,7 @@ def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, 
     tensors = {key: value.half() if half else value for key, value in load_file(trainables).items()}
     step = checkpoint.read_state(source).step
     # Nobody else has this machine's folders.
-    shared = replace(saved, run_dir=".", model=replace(saved.model, init_from=None),
+    shared = replace(saved, run_dir=".", eval=config.eval, model=replace(saved.model, init_from=None),
                      projector=replace(saved.projector, freeze=False, init_from=None),
                      train=replace(saved.train, eval_every=0),
                      data=replace(saved.data, train=[], dev=[], test=[], cache_dir=""))

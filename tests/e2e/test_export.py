@@ -65,6 +65,16 @@ def other_llm(world: World, folder: Path) -> Path:
     return folder
 
 
+def test_an_export_may_answer_in_another_way_but_not_be_another_model(world: World, tmp_path: Path,
+                                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoint", str(world.checkpoint), "--out", str(tmp_path / "shared")]
+    with pytest.raises(SystemExit):
+        export.main([*words, "pool.prompts=3"])
+    assert "'pool.prompts=3': what was trained cannot change" in capsys.readouterr().err
+    assert export.main([*words, "eval.beams=2"]) == 0
+    assert Listener.from_checkpoint(tmp_path / "shared", device="cpu").config.eval.beams == 2
+
+
 def test_an_export_answers_like_its_checkpoint(world: World, exported: Path, tmp_path: Path) -> None:
     waves = [tiny.sound(1.3, 3), tiny.sound(0.7, 4)]
     expected = [answer.text for answer in Listener.from_checkpoint(world.checkpoint, device="cpu").generate(waves)]
