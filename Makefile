@@ -16,7 +16,11 @@ SETS := asr asr_synthetic language_id speaker_verification speech_qa caption
 DEMO_SETS := asr_synthetic_full asr_joined language_id_full speaker_verification_full asr_other
 SHARD = $(BIN)/python tools/shard_dataset.py --separate --overwrite --features speech \
   --speech-encoder assets/models/whisper-tiny.en --workers $(RANKS)
-.PHONY: help setup models recordings shards train evaluate quickstart demo try comparison report test test-tools faults ledger lint clean
+# On a CPU glibc's malloc makes training slower all the time (docs/learning.md); without this library it has to do.
+TCMALLOC := $(CURDIR)/assets/allocator/libtcmalloc_minimal.so.4
+PRELOAD = LD_PRELOAD="$$(ls $(TCMALLOC) 2>/dev/null)"
+DEEPSPEED = $(PRELOAD) $(BIN)/deepspeed --num_gpus $(RANKS)
+.PHONY: help setup models recordings allocator shards train evaluate quickstart demo try comparison report test test-tools faults ledger lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,14 +41,17 @@ recordings: setup  ## recorded prompts, sound effects, synthetic speech, and the
 	$(BIN)/python tools/prepare/sound_effects.py
 	$(BIN)/python tools/prepare/synthetic_speech.py --sentences 1000 --recombined 2000 --workers $(RANKS)
 
-shards: models recordings  ## manifests to tar shards with stored encoder features
+allocator: setup  ## a malloc that stays fast
+	$(BIN)/python tools/prepare/allocator.py || echo "without it training slows down by and by; going on"
+
+shards: models recordings allocator  ## manifests to tar shards with stored encoder features
 	$(SHARD) $(SETS:%=assets/manifests/%.*.jsonl) assets/shards
 
 train: shards  ## train configs/quickstart.yaml (goes on where it stopped)
-	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/quickstart.yaml
+	$(DEEPSPEED) listen_dist/train.py --config configs/quickstart.yaml
 
 evaluate: train  ## decode and score the held-out clips
-	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/quickstart.yaml
+	$(DEEPSPEED) listen_dist/evaluate.py --config configs/quickstart.yaml
 
 quickstart: evaluate  ## all of it, from nothing to a table of results
 	@echo
@@ -59,10 +66,10 @@ demo: shards  ## train configs/demo_full.yaml, longer and with more to hear, and
 	$(BIN)/python tools/prepare/joined_prompts.py
 	$(BIN)/python tools/prepare/other_speech.py
 	$(SHARD) $(DEMO_SETS:%=assets/manifests/%.*.jsonl) assets/shards
-	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/train.py --config configs/demo_full.yaml
-	$(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/demo_full.yaml
+	$(DEEPSPEED) listen_dist/train.py --config configs/demo_full.yaml
+	$(DEEPSPEED) listen_dist/evaluate.py --config configs/demo_full.yaml
 	for name in asr_other asr_synthetic_full; do \
-	  $(BIN)/deepspeed --num_gpus $(RANKS) listen_dist/evaluate.py --config configs/demo_full.yaml eval.report=false \
+	  $(DEEPSPEED) listen_dist/evaluate.py --config configs/demo_full.yaml eval.report=false \
 	    --out runs/demo_full/$$name "data.test=[{path: assets/shards/$$name/test}]" || exit 1; done
 
 HEARD := conf-lockednow vm-star-cancel vm-prev confbridge-removed
@@ -73,7 +80,7 @@ try: models  ## let the trained models/demo transcribe recordings that it never 
 STEPS ?= 400
 SEEDS ?= 0
 comparison: shards  ## the pool, its rivals and ablations on the demo data, in one table (STEPS=400 SEEDS="0 1 2")
-	$(BIN)/python tools/run_comparison.py configs/rivals/*.yaml configs/ablations/*.yaml train.max_steps=$(STEPS) \
+	$(PRELOAD) $(BIN)/python tools/run_comparison.py configs/rivals/*.yaml configs/ablations/*.yaml train.max_steps=$(STEPS) \
 	  --ranks $(RANKS) --seeds $(SEEDS) --top-k 1 2 8
 
 report:  ## open the pool of runs/quickstart (or RUN=…) again: report/report.html in the run folder

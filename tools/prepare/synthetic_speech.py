@@ -34,7 +34,7 @@ from pathlib import Path
 
 import soundfile
 import torchaudio.functional
-from debian_packages import fetch_files
+from debian_packages import fetch_files, fetch_renamed
 from phone_rules import SPLITS, digest, drawn, normalise, record_id
 from recipe import PrepareError, recordings_parser, run_main
 from torch import from_numpy
@@ -188,10 +188,7 @@ def _fetch(recordings: Path) -> None:
         recordings,
     )
     if not ctypes.util.find_library("asound"):
-        try:
-            fetch_files({"libasound2": _library_name}, recordings)
-        except PrepareError:  # its name since Debian 13 and Ubuntu 24.04
-            fetch_files({"libasound2t64": _library_name}, recordings)
+        fetch_renamed(("libasound2", "libasound2t64"), _library_name, recordings)
     (recordings / FOLDER / "flite/flite").chmod(0o755)
 
 
