@@ -18,7 +18,7 @@ SHARD = $(BIN)/python tools/shard_dataset.py --separate --overwrite --features s
   --speech-encoder assets/models/whisper-tiny.en --workers $(RANKS)
 # On a CPU glibc's malloc makes training slower all the time (docs/learning.md); without this library it has to do.
 TCMALLOC := $(CURDIR)/assets/allocator/libtcmalloc_minimal.so.4
-PRELOAD = LD_PRELOAD="$$(ls $(TCMALLOC) 2>/dev/null)"
+PRELOAD = LD_PRELOAD="$$(ls $(TCMALLOC) 2>/dev/null) $$LD_PRELOAD"
 DEEPSPEED = $(PRELOAD) $(BIN)/deepspeed --num_gpus $(RANKS)
 .PHONY: help setup models recordings allocator shards train evaluate quickstart demo try comparison report test test-tools faults ledger lint clean
 
