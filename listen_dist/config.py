@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import typing
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from listen_dist.schema import Config, ConfigError, DataConfig, require
+from listen_dist.tasks import TASKS, get_task
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -136,6 +138,8 @@ def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
             keys.append(f"{prefix}{name}")
             if typing.get_origin(hint) is list:
                 keys += known_keys(typing.get_args(hint)[0], f"{prefix}{name}[0].")
+            elif typing.get_origin(hint) is dict:
+                keys += [f"{prefix}{name}.{task}" for task in TASKS]
     return keys
 
 
@@ -155,7 +159,8 @@ def differences(a: Config, b: Config) -> list[str]:
 
 def _differences(a: Any, b: Any, prefix: str) -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
-        return [key for name in a for key in _differences(a[name], b[name], f"{prefix}.{name}" if prefix else name)]
+        return [key for name in {**a, **b}
+                for key in _differences(a.get(name), b.get(name), f"{prefix}.{name}" if prefix else name)]
     return [] if a == b else [prefix]
 
 
@@ -211,6 +216,12 @@ def check(config: Config) -> None:
             "model.init_from brings a projector too; set model.init_projector=false, or give one of the two")
     require("{instruction}" in config.model.after_audio, "model.after_audio", config.model.after_audio,
              "must hold {instruction}, else every task gets the same question")
+    for task, weight in train.task_weights.items():
+        try:
+            get_task(task)
+        except ValueError as error:
+            raise ConfigError(f"train.task_weights: {error}") from None
+        require(0 < weight < math.inf, f"train.task_weights.{task}", weight, "must be positive and finite")
     for key, beta in (("train.beta1", train.beta1), ("train.beta2", train.beta2)):
         require(0 <= beta < 1, key, beta, "must be within 0 … 1, 1 excluded")
     require(train.learning_rate > 0, "train.learning_rate", train.learning_rate, "must be positive")

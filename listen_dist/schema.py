@@ -232,6 +232,9 @@ class TrainConfig:
     """Weight decay on the pool's keys and values too."""
     beta1: float = 0.9
     beta2: float = 0.999
+    task_weights: dict[str, float] = field(default_factory=dict)
+    """How often a target token counts in the loss, by task; tasks not named: once. Answers of two tokens among
+    transcripts of twenty are a few hundredths of a mean over tokens; a weight makes such a task heard."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
     seed: int = 0

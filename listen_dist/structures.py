@@ -136,8 +136,8 @@ class SkippedSample:
 class ModelOutput:
     """What `Listen.forward` returns for one micro-batch."""
 
-    token_loss_sum: torch.Tensor
-    """Scalar: cross-entropy summed (not averaged) over target tokens and EOS."""
+    row_loss: torch.Tensor
+    """float32 [B]: cross-entropy summed (not averaged) over each row's target tokens and EOS."""
     match_loss_sum: torch.Tensor
     """Scalar: match loss summed over rows; 0 where the selection has none."""
     target_tokens: int
@@ -150,8 +150,11 @@ class ModelOutput:
     """int64 [B, k], best first where clips choose (`similarity`), else in the pool's order."""
     prompt_scores: torch.Tensor
     """float32 [B, k], softmax over the pool at the selected prompts."""
-    row_loss: torch.Tensor
-    """[B] cross-entropy summed over each row's target tokens (detached)."""
+
+    @property
+    def token_loss_sum(self) -> torch.Tensor:
+        """Scalar: the same over all rows."""
+        return self.row_loss.sum()
 
 
 @dataclass(frozen=True)

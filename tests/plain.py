@@ -26,6 +26,8 @@ class Clip:
     after: list[int]
     target: list[int]
     """EOS included."""
+    weight: float = 1.0
+    """How often each of its target tokens counts in the loss."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def run_clip(llm: PreTrainedModel, weights: Mapping[str, Tensor], clip: Clip, fr
 
 
 def total_loss(outcomes: Sequence[Outcome], clips: Sequence[Clip], match_weight: float) -> Tensor:
-    """Mean over all target tokens, plus λ times the mean match loss over clips."""
-    tokens = sum(len(clip.target) for clip in clips)
-    return (sum(outcome.token_loss for outcome in outcomes) / tokens
+    """Weighted mean over all target tokens, plus λ times the mean match loss over clips."""
+    tokens = sum(clip.weight * len(clip.target) for clip in clips)
+    return (sum(clip.weight * outcome.token_loss for clip, outcome in zip(clips, outcomes, strict=True)) / tokens
             - match_weight * sum(outcome.mass for outcome in outcomes) / len(clips))

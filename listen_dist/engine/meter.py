@@ -95,7 +95,7 @@ class Meter:
             cells = (place[:, None] * self._prompts + out.prompt_indices)[out.prompt_indices >= 0]
             self._usage += torch.bincount(cells, minlength=self._usage.numel()).view_as(self._usage)
             sizes = torch.tensor([len(ids) for ids in batch.target_ids], device=self._device)
-            self._task_sums.index_add_(0, place, torch.stack([out.row_loss, sizes], dim=1).double())
+            self._task_sums.index_add_(0, place, torch.stack([out.row_loss.detach(), sizes], dim=1).double())
 
     def _joined(self) -> tuple[dict[str, float], dict[str, list[float]], np.ndarray, float]:
         """Over all ranks: the sums; loss and tokens of each task that was there; how often each task

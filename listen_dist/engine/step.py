@@ -38,15 +38,18 @@ def train_step(model: Listen, replicated: ReplicatedTrainables, optimizer: torch
                step: int, last: int, batches: Sequence[Batch], filler: Batch, stop: bool = False) -> StepResult:
     """Run optimizer step `step` of `last` on this rank's micro-batches of the global batch.
 
-    The loss is the mean over all target tokens of the global batch plus λ times the mean
-    match loss over its rows, whatever the ranks hold. Every rank passes equally many
+    The loss is the mean over all target tokens of the global batch, weighted by `train.task_weights`, plus
+    λ times the mean match loss over its rows, whatever the ranks hold. Every rank passes equally many
     batches; an empty one (nothing usable in it) is replaced by `filler` with weight zero,
     because under ZeRO-3 every rank must take part in every gather. `stop` says that this
     rank was asked to stop; the ranks learn of each other's in the one reduction.
     """
-    counts = torch.tensor([sum(b.target_tokens for b in batches), sum(map(len, batches))],
-                          dtype=torch.float64, device=model.device)
-    tokens, rows = dist.sum_(counts).clamp(min=1).float().unbind()
+    task_weights = config.train.task_weights
+    counts = torch.tensor([sum(task_weights.get(task, 1.0) * len(ids) for batch in batches
+                               for task, ids in zip(batch.tasks, batch.target_ids, strict=True)),
+                           sum(map(len, batches))], dtype=torch.float64, device=model.device)
+    counts = dist.sum_(counts)
+    tokens, rows = torch.where(counts > 0, counts, 1.0).float().unbind()
     k = dist.draw_k(config.train.seed, step, config.pool.k_max) if config.pool.stochastic_k else config.pool.k_max
     rate = learning_rate(config.train, step, last)
     set_learning_rate(optimizer, rate)
@@ -56,8 +59,10 @@ def train_step(model: Listen, replicated: ReplicatedTrainables, optimizer: torch
     total = torch.zeros((), device=model.device)
     for batch in batches:
         counted = len(batch) > 0
-        out = model(batch if counted else filler, k)
-        loss = out.token_loss_sum / tokens + config.pool.match_weight * out.match_loss_sum / rows
+        heard = batch if counted else filler
+        out = model(heard, k)
+        weights = torch.tensor([task_weights.get(task, 1.0) for task in heard.tasks], device=model.device)
+        loss = (weights * out.row_loss).sum() / tokens + config.pool.match_weight * out.match_loss_sum / rows
         (loss if counted else loss * 0.0).backward()
         if counted:
             outputs.append((batch, out))

@@ -89,10 +89,10 @@ class Listen(nn.Module):
                           use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
         row_loss = token_loss(logits, labels)
         return ModelOutput(
-            token_loss_sum=row_loss.sum(), match_loss_sum=-matched.row_mass.sum(),
+            row_loss=row_loss, match_loss_sum=-matched.row_mass.sum(),
             target_tokens=batch.target_tokens, rows=len(batch), input_tokens=sum(map(len, rows)),
             padded_tokens=mask.numel(), prompt_indices=matched.indices,
-            prompt_scores=matched.scores.detach(), row_loss=row_loss.detach())
+            prompt_scores=matched.scores.detach())
 
     def assemble(self, batch: Batch, k: int) -> tuple[TopkMatch, list[torch.Tensor]]:
         """Select prompts and lay out the LLM's input.

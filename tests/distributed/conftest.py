@@ -16,7 +16,7 @@ from listen_dist.data.text import TextEncoder
 from listen_dist.models.encoders import load_speech_encoder
 from listen_dist.models.llm import DTYPES, load_tokenizer
 from tests import launching, plain, tiny
-from tests.distributed.scenarios import MICRO_BATCHES, Ranks, scenarios
+from tests.distributed.scenarios import MICRO_BATCHES, TASK_WEIGHTS, Ranks, scenarios
 
 Reference = Callable[[dict[str, Tensor], list[plain.Clip], int, str], list[plain.Outcome]]
 
@@ -52,7 +52,7 @@ def clips(tiny_world: tiny.Tiny) -> dict[str, plain.Clip]:
             assert sample.waveform is not None
             found[sample.record.id] = plain.Clip(
                 encoder.encode([log_mel(sample.waveform)])[0], text.after_ids(sample.record),
-                text.target_ids(sample.record.answers[0]))
+                text.target_ids(sample.record.answers[0]), TASK_WEIGHTS.get(sample.record.task, 1.0))
     return found
 
 

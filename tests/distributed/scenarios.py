@@ -21,6 +21,8 @@ MICRO_BATCHES = {1: {"full": (1, 2, 3, 4, 6)}, 2: {"full": (1, 2, 3, 4), "replic
 """Micro-batches of a step that are tried, by ranks and layout; else 6 for four ranks and 3 for fewer. So ranks
 accumulate, and some have nothing left in the last round. In bfloat16: these last ones alone."""
 
+TASK_WEIGHTS = {"caption": 2.5}
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -38,7 +40,8 @@ class Ranks:
     @property
     def words(self) -> str:
         """What the worker is told."""
-        return (f"{self.folder.name}:train.clip_norm=0,train.batches_per_step={self.micro_batches},"
+        weights = ",".join(f"train.task_weights.{task}={weight}" for task, weight in TASK_WEIGHTS.items())
+        return (f"{self.folder.name}:train.clip_norm=0,train.batches_per_step={self.micro_batches},{weights},"
                 f"model.dtype={self.dtype},parallel.node_size={NODE_SIZE[self.world]},{LAYOUTS[self.layout]}")
 
     @property

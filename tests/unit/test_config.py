@@ -62,6 +62,9 @@ REFUSED_WORDS = [
     (["train.max_steps=0"], r"train\.max_steps = 0"),
     (["train.keep=0"], r"train\.keep = 0"),
     (["train.batches_per_step=-1"], r"train\.batches_per_step = -1"),
+    (["train.task_weights.asr=0"], r"train\.task_weights\.asr = 0\.0: must be positive"),
+    (["train.task_weights.asrr=2"], r"unknown key 'train\.task_weights\.asrr'.* 'train\.task_weights\.asr'"),
+    (["train.task_weights={asrr: 2}"], r"train\.task_weights: unknown task 'asrr': did you mean 'asr'"),
     (["train.clip_norm=-1"], r"train\.clip_norm = -1"),
     (["train.beta2=1"], r"train\.beta2 = 1\.0"),
     (["data.batch_tokens=1"], r"data\.batch_tokens = 1"),
@@ -121,13 +124,15 @@ def test_overrides_of_every_kind(base: Path) -> None:
     config = configuration.load(base, [
         "train.max_steps=50", "train.learning_rate=2e-3", "pool.top_k=4", "pool.stochastic_k=false",
         "data.train[0].weight=3", "data.train.0.path=a=b", "data.test=[{path: t}, {path: u, weight: 2}]",
-        "model.before_audio='<|im_start|>user: [x]'", "projector.init_from=null"])
+        "model.before_audio='<|im_start|>user: [x]'", "projector.init_from=null",
+        "train.task_weights={asr: 2, caption: 3}", "train.task_weights.asr=4"])
     assert (config.train.max_steps, config.train.learning_rate) == (50, 2e-3)
     assert (config.pool.k, config.pool.k_max, config.pool.stochastic_k) == (4, 4, False)
     assert (config.data.train[0].weight, config.data.train[0].path) == (3.0, "a=b")
     assert [(entry.path, entry.weight) for entry in config.data.test] == [("t", 1.0), ("u", 2.0)]
     assert config.model.before_audio == "<|im_start|>user: [x]"
     assert config.projector.init_from is None
+    assert config.train.task_weights == {"asr": 4.0, "caption": 3.0}
 
 
 def test_a_later_override_wins(base: Path) -> None:
@@ -155,6 +160,9 @@ def test_yaml_round_trip(base: Path, tmp_path: Path, tiny_world: tiny.Tiny) -> N
 def test_differences_name_the_keys(base: Path) -> None:
     a, b = configuration.load(base), configuration.load(base, ["train.seed=3", "data.train[0].weight=2"])
     assert configuration.differences(a, b) == ["data.train", "train.seed"]
+    c = configuration.load(base, ["train.task_weights={asr: 2, caption: 3}"])
+    assert configuration.differences(a, c) == ["train.task_weights.asr", "train.task_weights.caption"]
+    assert configuration.differences(c, a) == configuration.differences(a, c)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
