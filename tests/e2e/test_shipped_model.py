@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def test_it_transcribes_held_out_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its card says 0.21 on all 43 clips; of these every third, the long ones left out."""
+    """Its card says 0.20 on all 43 clips; of these every third, the long ones left out."""
     monkeypatch.chdir(ROOT)
     records = [record for record in read_manifest(MANIFEST) if (record.duration or 0) < 5][::3]
     listener = Listener.from_checkpoint(MODEL, device="cpu")
