@@ -44,8 +44,10 @@ def train_step(model: Listen, replicated: ReplicatedTrainables, optimizer: torch
     because under ZeRO-3 every rank must take part in every gather. `stop` says that this
     rank was asked to stop; the ranks learn of each other's in the one reduction.
     """
-    task_weights = config.train.task_weights
-    counts = torch.tensor([sum(task_weights.get(task, 1.0) * len(ids) for batch in batches
+    def weight(task: str) -> float:
+        return config.train.task_weights.get(task, 1.0)
+
+    counts = torch.tensor([sum(weight(task) * len(ids) for batch in batches
                                for task, ids in zip(batch.tasks, batch.target_ids, strict=True)),
                            sum(map(len, batches))], dtype=torch.float64, device=model.device)
     counts = dist.sum_(counts)
@@ -55,14 +57,15 @@ def train_step(model: Listen, replicated: ReplicatedTrainables, optimizer: torch
     set_learning_rate(optimizer, rate)
     dist.seed_step(config.train.seed, step)
     replicated.zero_grads()
+    heard = [batch if len(batch) else filler for batch in batches]
+    # Before the loop: a copy to the GPU waits for what it still has to do.
+    weights = [torch.tensor(list(map(weight, batch.tasks)), device=model.device) for batch in heard]
     outputs = []
     total = torch.zeros((), device=model.device)
-    for batch in batches:
+    for batch, used, row_weights in zip(batches, heard, weights, strict=True):
         counted = len(batch) > 0
-        heard = batch if counted else filler
-        out = model(heard, k)
-        weights = torch.tensor([task_weights.get(task, 1.0) for task in heard.tasks], device=model.device)
-        loss = (weights * out.row_loss).sum() / tokens + config.pool.match_weight * out.match_loss_sum / rows
+        out = model(used, k)
+        loss = (row_weights * out.row_loss).sum() / tokens + config.pool.match_weight * out.match_loss_sum / rows
         (loss if counted else loss * 0.0).backward()
         if counted:
             outputs.append((batch, out))
