@@ -46,9 +46,14 @@ def setup(device: str, timeout_minutes: float) -> torch.device:
     return target
 
 
-def shutdown() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
+def shutdown(failed: bool = False) -> None:
+    """Leave the process group.
+
+    Args:
+        failed: this rank ends by an error of its own. Then NCCL is left to end with the process: it would wait here
+            for ranks that wait for this one, before any traceback is printed.
+    """
+    if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 
@@ -93,9 +98,10 @@ def node_ranks(node_size: int) -> list[list[int]]:
     return [[rank for rank in range(world) if hosts[rank] == host] for host in dict.fromkeys(hosts)]
 
 
-def node_group(node_size: int) -> dist.ProcessGroup:
+def node_group(node_size: int, timeout_minutes: float) -> dist.ProcessGroup:
     """A process group of the ranks on this rank's node (see `node_ranks`); every rank must call it."""
-    own, _ = dist.new_subgroups_by_enumeration(node_ranks(node_size))
+    # Not inherited from the default group: NCCL's would be 10 minutes.
+    own, _ = dist.new_subgroups_by_enumeration(node_ranks(node_size), timeout=timedelta(minutes=timeout_minutes))
     return own
 
 

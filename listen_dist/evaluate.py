@@ -159,18 +159,20 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; a known mistake ends it with one line instead of a traceback."""
+    code = 1
     try:
-        return evaluate(*parse_arguments(argv))
+        code = evaluate(*parse_arguments(argv))
     except (ConfigError, CheckpointError, ShardError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        code = 2
     except RuntimeError as error:
         if not (died := LoaderError.of(error)):
             raise
         print(f"error: {died}", file=sys.stderr, flush=True)
-        return 2
+        code = 2
     finally:
-        dist.shutdown()
+        dist.shutdown(failed=code != 0)
+    return code
 
 
 if __name__ == "__main__":

@@ -178,7 +178,9 @@ class AugmentConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: list[SetConfig] = field(default_factory=list)
+    """Sets to train on, mixed by their weights."""
     dev: list[SetConfig] = field(default_factory=list)
+    """Sets for the small evaluations of `train.eval_every`, and for `eval.splits=[dev]`."""
     test: list[SetConfig] = field(default_factory=list)
     temperature: float | None = None
     """T of p ∝ weight · n^(1/T), n a set's samples: 1 draws in proportion to size, a large one from all sets
@@ -200,7 +202,7 @@ class DataConfig:
     workers: int = 0
     """Loader processes a rank; 0: read in the training process."""
     stored_features: bool = True
-    """Use the encoder output stored in the shards where they hold it (no encoder run)."""
+    """Use the encoder output stored in the shards where all sets hold it (no encoder run)."""
     cache_dir: str = ""
     """Folder on this node's disk that keeps whole shards of sets read over the network; empty: no cache,
     each sample is fetched by itself. All processes of a node share it."""
@@ -215,6 +217,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     max_steps: int = 1000
+    """Optimizer steps of the whole run, those before a restart included."""
     max_minutes: float = 0
     """Time for the loop of one start; 0: as long as it takes. Where the time would run out first, the
     number of steps is cut, and the learning rate cools down to the new end."""
@@ -222,10 +225,13 @@ class TrainConfig:
     """Micro-batches of one optimizer step, over all ranks together; 0: one a rank. A fixed
     number gives the same losses on any number of ranks (fewer ranks accumulate)."""
     learning_rate: float = 3e-5
+    """The highest rate, reached when the warm-up is over."""
     min_learning_rate: float = 1e-5
     """The rate at the end of the schedule."""
     warmup_steps: int = 3000
+    """Steps in which the rate rises to `learning_rate`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls from there to `min_learning_rate` by the last step; `constant`: not at all."""
     weight_decay: float = 0.05
     """On matrices of the projector; never on norms, biases or LoRA."""
     decay_pool: bool = False
@@ -240,7 +246,9 @@ class TrainConfig:
     seed: int = 0
     """Seed of the data order, of k and of dropout."""
     log_every: int = 10
+    """Steps between two lines of the log and of metrics.jsonl."""
     save_every: int = 200
+    """Steps between two checkpoints."""
     keep: int = 2
     """Checkpoints kept (the newest ones)."""
     eval_every: int = 0
@@ -252,7 +260,7 @@ class TrainConfig:
     max_skipped_in_a_row: int = 10
     """Stop after so many steps in a row with a non-finite loss or gradient (each is left out on all ranks)."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto`: go on from the newest checkpoint in `run_dir`, if there is one."""
+    """`auto`: go on from the newest checkpoint in `run_dir`, if there is one. `never`: refuse such a folder."""
 
 
 @dataclass(frozen=True)
@@ -287,13 +295,15 @@ class EvalConfig:
     splits: list[str] = field(default_factory=lambda: ["test"])
     """Which of data.dev and data.test to score. One: results.json; several: results.<split>.json each."""
     llm: Literal["auto", "whole", "sharded"] = "auto"
-    """Under parallel.llm=full: gather the LLM on every rank for the time of decoding (several times faster),
+    """Under parallel.llm=full or node: gather the LLM on every rank for the time of decoding (several times faster),
     or leave it sharded. `auto` gathers it where the planner finds room on every rank."""
     choices: Literal["likelihood", "generate"] = "likelihood"
     """Answers out of a closed set (`meta.choices`, or the task's own): the one that the LLM finds most
     likely, or whatever it generates. Where no set is known, answers are always generated."""
     beams: int = 1
+    """Beams of the search for free text; 1: greedy."""
     length_penalty: float = 1.0
+    """Exponent of the length that a beam's log probability is divided by: above 0 longer answers win more often."""
     repetition_penalty: float = 1.0
     """Above 1: less likely to say a token again. For tasks with free text only; one-word answers go without."""
     no_repeat_ngram_size: int = 0
@@ -309,6 +319,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class TrackingConfig:
     mlflow: bool = True
+    """Log to MLflow beside metrics.jsonl."""
     uri: str = ""
     """MLflow tracking address; empty: a SQLite file `mlflow.db` in the folder above `run_dir`."""
     experiment: str = "listen_dist"

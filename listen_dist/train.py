@@ -393,22 +393,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 finished, 2 a known mistake or a dead loader process, RESUMABLE stopped by a signal, LOST_CONTACT another
         rank is gone.
     """
+    code = 1
     with StopRequest() as stop:
         try:
-            return run_program(parse_arguments(argv), stop)
+            code = run_program(parse_arguments(argv), stop)
         except (ConfigError, CheckpointError, DriftError, NonFiniteError, ShardError, OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            return 2
+            code = 2
+        except torch.OutOfMemoryError as error:
+            print(f"error: {str(error).splitlines()[0]} Lower data.batch_tokens or set model.checkpointing=true; "
+                  "`python -m listen_dist.planner` says what a config needs", file=sys.stderr, flush=True)
+            code = 2
         except RuntimeError as error:
             if died := LoaderError.of(error):
                 print(f"error: {died}", file=sys.stderr, flush=True)
-                return 2
-            if not dist.lost_contact(error):
+                code = 2
+            elif dist.lost_contact(error):
+                print(f"error: a collective failed ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
+                code = LOST_CONTACT
+            else:
+                print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)  # slurm/ looks for it
                 raise
-            print(f"error: a collective failed ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
-            return LOST_CONTACT
         finally:
-            dist.shutdown()
+            dist.shutdown(failed=code not in (0, RESUMABLE))
+    return code
 
 
 if __name__ == "__main__":

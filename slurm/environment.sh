@@ -5,11 +5,10 @@
 
 PYTHON=${PYTHON:-.venv/bin/python}
 LOG_FOLDER=${LOG_FOLDER:-runs/slurm}            # one folder a job, one log a rank
-MAX_RESTARTS=${MAX_RESTARTS:-20}    # how often a job that lost a rank is started again by itself
+MAX_RESTARTS=${MAX_RESTARTS:-20}    # a job that lost a rank starts again by itself until it has been requeued so often
 
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 export TOKENIZERS_PARALLELISM=false
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
 # The network that the ranks meet over, where Slurm's nodes have several, e.g.:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Decode and score a run on the nodes and GPUs that Slurm gives.
 #
-#   sbatch --nodes 1 --gpus-per-node 8 slurm/evaluate.sh runs/multitask_7b/config.yaml [key=value ...]
+#   sbatch --nodes 1 --gpus-per-node 8 --ntasks-per-node 8 --cpus-per-task 8 slurm/evaluate.sh \
+#     runs/multitask_7b/config.yaml [key=value ...]
 #
 #SBATCH --job-name=listen-evaluate
 #SBATCH --output=listen-evaluate-%j.log

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on the nodes and GPUs that Slurm gives; stopped, preempted or out of time, the job goes on by itself.
 #
-#   sbatch --nodes 4 --gpus-per-node 8 slurm/train_multitask.sh [config] [key=value ...]
+#   sbatch --nodes 4 --gpus-per-node 8 --ntasks-per-node 8 --cpus-per-task 8 slurm/train_multitask.sh [config] [key=value ...]
 #
 #SBATCH --job-name=listen
 #SBATCH --output=listen-%j.log
@@ -35,7 +35,8 @@ elif [[ $code -eq 75 && $state == RUNNING ]]; then
 elif [[ $code -eq 75 ]]; then
   echo "saved; Slurm itself ends or requeues this job"
   exit "$code"
-elif [[ ($code -eq 76 || $code -ge 128) && $state == RUNNING && $restarts -lt $MAX_RESTARTS ]]; then
+elif [[ ($code -eq 76 || $code -ge 128) && $state == RUNNING && $restarts -lt $MAX_RESTARTS ]] && ! faults > /dev/null; then
+  # No rank has named a fault: with one, the next start would come to the same clips and end alike.
   report_failure
   echo "a rank was lost; requeued (restart $((restarts + 1)) of at most $MAX_RESTARTS)"
   scontrol requeue "$SLURM_JOB_ID"

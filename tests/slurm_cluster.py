@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests import launching
@@ -37,11 +37,15 @@ SelectType=select/cons_tres
 JobRequeue=1
 ReturnToService=2
 KillWait=60
+GresTypes=gpu
 SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 Gres=gpu:2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 Gres=gpu:2
 PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
 """
+
+GPUS = "NodeName=n[1-2] Name=gpu File=/dev/null\nNodeName=n[1-2] Name=gpu File=/dev/zero\n"
+"""Slurm hands them out like real ones; CUDA finds none."""
 
 
 def missing() -> str:
@@ -67,7 +71,8 @@ class Cluster:
         self.folder.chmod(0o755)
         self._started: list[subprocess.Popen[bytes]] = []
         self.environment = launching.environment() | {
-            "SLURM_CONF": str(self.folder / "slurm.conf"), "PYTHONPATH": str(launching.ROOT)}
+            "SLURM_CONF": str(self.folder / "slurm.conf"), "PYTHONPATH": str(launching.ROOT),
+            "OMP_NUM_THREADS": ""}  # the scripts say how many
         try:
             self._start()
         except BaseException:
@@ -88,6 +93,7 @@ class Cluster:
         host = socket.gethostname().split(".")[0]
         ports = [launching.free_port() for _ in range(3)]
         (self.folder / "slurm.conf").write_text(CONF.format(host=host, folder=self.folder, ports=ports))
+        (self.folder / "gres.conf").write_text(GPUS)
         (self.folder / "state").mkdir()
         self._daemon("slurmctld", "-D")
         for node in ("n1", "n2"):
@@ -106,9 +112,10 @@ class Cluster:
                               capture_output=True, text=True, timeout=60)
         return (done.stdout + done.stderr).strip()
 
-    def submit(self, log: Path, *words: str | Path, python: Path = launching.BIN / "python") -> str:
-        """sbatch on both nodes; the job's number."""
-        return self.call("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}", *words,
+    def submit(self, log: Path, *words: str | Path, python: Path = launching.BIN / "python",
+               shape: Sequence[str] = ("--nodes=2", "--ntasks-per-node=1")) -> str:
+        """sbatch, by default on both nodes; the job's number."""
+        return self.call("sbatch", "--parsable", *shape, f"--output={log}", *words,
                          extra={"PYTHON": str(python), "LOG_FOLDER": str(log.parent / "ranks")})
 
     def state(self, job: str) -> str:

@@ -2,7 +2,8 @@
 """Measure the training step against what one would use instead, on the same clips, in one run.
 
     python tools/bench_step.py --json                                # the demo models, on the CPU's cores
-    python tools/bench_step.py --json projector.kind=qformer projector.window=0.3333   # 3 audio tokens a second
+    python tools/bench_step.py --json projector.kind=qformer projector.hidden=768 \
+        projector.window=0.3333                                      # 3 audio tokens a second
     python tools/bench_step.py --json --random 7b                    # on a GPU: random models of the paper's size
     python tools/bench_step.py --quick --random small                # does it run?
 

@@ -113,6 +113,9 @@ def assemble(config: Config, device: torch.device) -> Parts:
     The trainables come out the same on every rank: they are made on the CPU from
     `model.seed` and from the LLM's embeddings.
     """
+    # On Hopper and newer torch would take cuDNN's attention. With a mask its gradients can be NaN for some lengths
+    # (pytorch issue 196678), and it plans anew for every shape, where nearly every batch has another.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     config = with_pool_tasks(config)
     tokenizer = load_tokenizer(config.model.llm)
     text = TextEncoder(tokenizer, config.model)

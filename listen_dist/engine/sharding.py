@@ -68,7 +68,7 @@ def sharding_for(config: Config) -> Sharding:
     if parallel.llm == "replicated":
         return Replicated(dtype)
     in_nodes = parallel.llm == "node" and dist.world_size() > 1
-    group = dist.node_group(parallel.node_size) if in_nodes else None
+    group = dist.node_group(parallel.node_size, parallel.timeout_minutes) if in_nodes else None
     if parallel.backend == "fsdp2":
         return Fsdp2(dtype, group)
     return Zero3(dtype, parallel.max_live_parameters, group)

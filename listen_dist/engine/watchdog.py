@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -193,16 +194,29 @@ class Watchdog:
         if self._world == 1:
             return f"this process is at {place_of(sys._current_frames().get(self._main))[0]}"
         silent = self.silent()
-        culprits = silent or [rank for rank, pulse in sorted(self._pulses.items()) if not pulse.waiting]
+        culprits = silent or self._holding_up()
         lines = [self._line(rank, "does not answer (dead, stopped or cut off); it was last"
                             if rank in silent else "holds the others up; it is") for rank in culprits[:8]]
         waiting: dict[str, list[int]] = {}
         for rank, pulse in sorted(self._pulses.items()):
             if rank not in culprits:
                 waiting.setdefault(pulse.place, []).append(rank)
+        if not culprits:
+            return f"all ranks are at {next(iter(waiting))}"
         lines += [f"rank {ranks[0]} waits in {place}" if len(ranks) == 1 else f"ranks {_short(ranks)} wait in {place}"
                   for place, ranks in waiting.items()]
         return "; ".join(lines)
+
+    def _holding_up(self) -> list[int]:
+        """Who the others wait for, among ranks that all answer; none where all stand at one place."""
+        awake = [rank for rank, pulse in sorted(self._pulses.items()) if not pulse.waiting]
+        if len(awake) < len(self._pulses):
+            return awake
+        # NCCL's calls return at once; a rank waits where it next needs a number from its GPU. So most of them do.
+        (usual, most), *others = Counter(pulse.place for pulse in self._pulses.values()).most_common()
+        if others and others[0][1] == most:
+            return awake
+        return [rank for rank in awake if self._pulses[rank].place != usual]
 
     def _line(self, rank: int, what: str) -> str:
         pulse = self._pulses.get(rank)

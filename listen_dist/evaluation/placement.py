@@ -45,6 +45,7 @@ def free_bytes(device: torch.device) -> int:
     """The least that any rank may still take, ranks of one machine sharing its memory; the same on every rank."""
     here = socket.gethostname()
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the allocator keeps for later counts as taken
         return int(min(dist.gather_objects(torch.cuda.mem_get_info(device)[0])))
     everywhere = dist.gather_objects((here, psutil.virtual_memory().available))
     hosts = [host for host, _ in everywhere]

@@ -20,9 +20,9 @@ from listen_dist.schema import Config, ConfigError
 from listen_dist.structures import SkippedSample
 
 PACKAGES = ("jiwer", "whisper-normalizer", "sacrebleu", "aac-metrics", "torch", "transformers")
-FREE = ("model.attention", "model.dtype", "model.seed", "model.init_from", "model.init_projector",
-        "pool.top_k", "pool.backend", "pool.train_k_max", "pool.stochastic_k", "pool.match_weight", "projector.freeze",
-        "projector.init_from", "projector.start")
+FREE = ("model.attention", "model.checkpointing", "model.compile", "model.dtype", "model.seed", "model.init_from",
+        "model.init_projector", "pool.top_k", "pool.backend", "pool.train_k_max", "pool.stochastic_k",
+        "pool.match_weight", "projector.freeze", "projector.init_from", "projector.start")
 """Keys of the model that may differ between training and evaluation."""
 
 

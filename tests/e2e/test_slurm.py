@@ -107,6 +107,69 @@ def test_a_failing_job_says_why_in_its_first_line(cluster: Cluster, tiny_world: 
     assert "failed with code 2" in log.read_text() and cluster.state(job) == "FAILED"
 
 
+FAULTY = """#!/bin/sh
+exec {python} -c '
+import os, sys
+from listen_dist import train
+from tests.distributed import fault_worker
+def fail(*_, **__):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("this clip cannot be computed")
+fault_worker.before(fault_worker.Listen, "forward", fail)
+sys.exit(train.main(sys.argv[3:]))
+' "$@"
+"""
+
+
+def test_a_fault_of_one_rank_is_not_tried_again(cluster: Cluster, tiny_world: tiny.Tiny, tmp_path: Path) -> None:
+    """The other rank ends with the higher code 76, as if it alone mattered."""
+    log, python = tmp_path / "job.log", tmp_path / "python"
+    python.write_text(FAULTY.format(python=launching.BIN / "python"))
+    python.chmod(0o755)
+    job = cluster.submit(log, SCRIPT, tiny_world.config_file, f"run_dir={tmp_path / 'run'}", python=python)
+    until(cluster, job, log, lambda: log.exists() and "failed with code" in log.read_text())
+    assert log.read_text().splitlines()[0] == "error: RuntimeError: this clip cannot be computed", log.read_text()
+    assert "failed with code 76" in log.read_text() and "requeued" not in log.read_text()
+    until(cluster, job, log, over(cluster, job))
+    assert cluster.state(job) == "FAILED"
+
+
+PRINTER = """#!/bin/sh
+echo $RANK of $WORLD_SIZE, local $LOCAL_RANK, sees $CUDA_VISIBLE_DEVICES, $SLURM_CPUS_PER_TASK cpus, \\
+  $OMP_NUM_THREADS threads
+"""
+
+
+@pytest.mark.parametrize(("shape", "ranks"), [
+    (["--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2"],
+     [f"{rank} of 4, local {rank % 2}, sees 0,1, 1 cpus, 1 threads" for rank in range(4)]),
+    (["--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=2"],
+     [f"{rank} of 2, local 0, sees 0, 2 cpus, 2 threads" for rank in range(2)]),
+    (["--nodes=1", "--gpus-per-task=1", "--ntasks-per-node=2"],  # a GPU bound to each task
+     [f"{rank} of 2, local 0, sees {rank}, 1 cpus, 1 threads" for rank in range(2)]),
+    (["--nodes=2", "--gpus-per-node=2", "--exclusive"],  # whole nodes: their CPUs are shared out
+     [f"{rank} of 4, local {rank % 2}, sees 0,1, 1 cpus, 1 threads" for rank in range(4)]),
+])
+def test_a_rank_for_each_gpu(cluster: Cluster, tmp_path: Path, shape: list[str], ranks: list[str]) -> None:
+    log, python = tmp_path / "job.log", tmp_path / "python"
+    python.write_text(PRINTER)
+    python.chmod(0o755)
+    job = cluster.submit(log, SCRIPT, python=python, shape=shape)
+    until(cluster, job, log, over(cluster, job))
+    assert cluster.state(job) == "COMPLETED", log.read_text()
+    said = [(tmp_path / f"ranks/{job}/rank-{rank}.log").read_text().strip() for rank in range(len(ranks))]
+    assert said == ranks
+
+
+def test_too_few_cpus_are_said(cluster: Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    job = cluster.submit(log, SCRIPT, shape=["--nodes=2", "--gpus-per-node=2"])
+    until(cluster, job, log, over(cluster, job))
+    assert log.read_text() == ("error: 2 ranks a node and only 1 of its CPUs: add --ntasks-per-node=2 "
+                               "--cpus-per-task=8 to sbatch\n")
+    assert cluster.state(job) == "FAILED"
+
+
 def test_evaluate(cluster: Cluster, tiny_world: tiny.Tiny, unbroken: Path, tmp_path: Path) -> None:
     log = tmp_path / "job.log"
     job = cluster.submit(log, "slurm/evaluate.sh", unbroken / "run/config.yaml", "--out", tmp_path / "out")

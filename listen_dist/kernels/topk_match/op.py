@@ -204,19 +204,22 @@ torch.library.define(
 
 
 def _forward(context: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor, k: int) -> tuple[Tensor, ...]:
-    return tuple(_kernels("triton").match_forward(context, mask, keys, values, k))
+    with torch.cuda.device_of(context):  # Triton launches on the current device, wherever the tensors are
+        return tuple(_kernels("triton").match_forward(context, mask, keys, values, k))
 
 
 def _forward_into(
     context: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor, k: int, out: Tensor
 ) -> tuple[Tensor, ...]:
-    return tuple(_kernels("triton").match_forward(context, mask, keys, values, k, out))[1:]
+    with torch.cuda.device_of(context):
+        return tuple(_kernels("triton").match_forward(context, mask, keys, values, k, out))[1:]
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     """The backward op; an op has no optional results, so an empty tensor stands for none."""
-    gradients = _kernels("triton_backward").match_backward(*args)
     keys = args[5]
+    with torch.cuda.device_of(keys):
+        gradients = _kernels("triton_backward").match_backward(*args)
     return tuple(keys.new_empty(0) if x is None else x for x in gradients)
 
 
