@@ -37,6 +37,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from listen_dist import config as configuration
 from listen_dist import dist, logs
 from listen_dist.data.decode import AudioError
@@ -164,6 +166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = evaluate(*parse_arguments(argv))
     except (ConfigError, CheckpointError, ShardError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]} Lower eval.batch_tokens or eval.beams, or set eval.llm=sharded",
+              file=sys.stderr, flush=True)
         code = 2
     except RuntimeError as error:
         if not (died := LoaderError.of(error)):
