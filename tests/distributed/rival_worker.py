@@ -43,7 +43,7 @@ def main() -> None:
         "gloo", init_method=f"file://{os.environ['STORE']}", rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=300))
     torch.set_num_threads(1)
-    shutdown, dist.shutdown = dist.shutdown, lambda: None  # every program would leave the group at its end
+    shutdown, dist.shutdown = dist.shutdown, lambda failed=False: None  # every program would leave the group at its end
     config_file, out, *scenarios = sys.argv[1:]
     codes = {}
     for scenario in scenarios:
