@@ -127,7 +127,7 @@ def on_main(action: Callable[..., T], *words: Any) -> T:
     return value
 
 
-def lost_contact(error: RuntimeError) -> bool:
+def lost_contact(error: Exception) -> bool:
     """Whether an exception is a collective's: it timed out, or another rank is gone."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "TCPStore"))
 

@@ -182,6 +182,7 @@ class DataConfig:
     dev: list[SetConfig] = field(default_factory=list)
     """Sets for the small evaluations of `train.eval_every`, and for `eval.splits=[dev]`."""
     test: list[SetConfig] = field(default_factory=list)
+    """Sets for the final scores (`eval.splits=[test]`)."""
     temperature: float | None = None
     """T of p ∝ weight · n^(1/T), n a set's samples: 1 draws in proportion to size, a large one from all sets
     alike. Not given: p ∝ weight."""
@@ -237,7 +238,9 @@ class TrainConfig:
     decay_pool: bool = False
     """Weight decay on the pool's keys and values too."""
     beta1: float = 0.9
+    """AdamW's decay of the mean gradient, for each step."""
     beta2: float = 0.999
+    """AdamW's decay of the mean squared gradient."""
     task_weights: dict[str, float] = field(default_factory=dict)
     """How often a target token counts in the loss, by task; tasks not named: once. Answers of two tokens among
     transcripts of twenty are a few hundredths of a mean over tokens; a weight makes such a task heard."""
@@ -323,6 +326,7 @@ class TrackingConfig:
     uri: str = ""
     """MLflow tracking address; empty: a SQLite file `mlflow.db` in the folder above `run_dir`."""
     experiment: str = "listen_dist"
+    """MLflow experiment that the run is put in."""
 
 
 @dataclass(frozen=True)
@@ -330,6 +334,7 @@ class Config:
     run_dir: str = ""
     """Where checkpoints, logs and results go."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA where there is a GPU."""
     model: ModelConfig = field(default_factory=ModelConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)

@@ -404,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {str(error).splitlines()[0]} Lower data.batch_tokens or set model.checkpointing=true; "
                   "`python -m listen_dist.planner` says what a config needs", file=sys.stderr, flush=True)
             code = 2
-        except RuntimeError as error:
+        except Exception as error:
             if died := LoaderError.of(error):
                 print(f"error: {died}", file=sys.stderr, flush=True)
                 code = 2

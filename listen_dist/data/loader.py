@@ -57,7 +57,7 @@ class LoaderError(RuntimeError):
     """A loader process died; the message says how, and what to try."""
 
     @classmethod
-    def of(cls, error: RuntimeError) -> LoaderError | None:
+    def of(cls, error: Exception) -> LoaderError | None:
         """What torch says when a loader process died, said in full; None for any other error.
 
         Torch may say so by a signal, wherever the program just is.

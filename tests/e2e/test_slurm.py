@@ -114,7 +114,7 @@ from listen_dist import train
 from tests.distributed import fault_worker
 def fail(*_, **__):
     if os.environ["RANK"] == "1":
-        raise RuntimeError("this clip cannot be computed")
+        raise KeyError("this clip cannot be computed")
 fault_worker.before(fault_worker.Listen, "forward", fail)
 sys.exit(train.main(sys.argv[3:]))
 ' "$@"
@@ -128,7 +128,7 @@ def test_a_fault_of_one_rank_is_not_tried_again(cluster: Cluster, tiny_world: ti
     python.chmod(0o755)
     job = cluster.submit(log, SCRIPT, tiny_world.config_file, f"run_dir={tmp_path / 'run'}", python=python)
     until(cluster, job, log, lambda: log.exists() and "failed with code" in log.read_text())
-    assert log.read_text().splitlines()[0] == "error: RuntimeError: this clip cannot be computed", log.read_text()
+    assert log.read_text().splitlines()[0] == "error: KeyError: 'this clip cannot be computed'", log.read_text()
     assert "failed with code 76" in log.read_text() and "requeued" not in log.read_text()
     until(cluster, job, log, over(cluster, job))
     assert cluster.state(job) == "FAILED"
