@@ -29,7 +29,7 @@ setup: $(VENV)/installed  ## the environment in .venv
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing torch, deepspeed and the rest into $(VENV) (about 6 GB, a few minutes) ..."
+	@echo "installing torch, deepspeed and the rest into $(VENV) (about 7 GB, a few minutes) ..."
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[audio,demo,test]'
 	@touch $@
 
