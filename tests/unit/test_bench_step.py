@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from listen_dist.data.mixture import SampleRef
-from listen_dist.data.shards import ShardIndex
+from listen_dist.data.shards import FeatureInfo, ShardIndex
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.engine.step import train_step
@@ -84,10 +85,12 @@ def test_the_made_up_set_has_the_lengths_it_says(tmp_path: Path) -> None:
     assert index.samples == 200 and 1.15 < index.seconds / 200 < 1.39
 
 
-def test_the_benchmark_runs(tiny_world: tiny.Tiny) -> None:
-    """The GPU's path with shrunk models: both sets, all ways, ZeRO-3."""
-    words = [sys.executable, str(ROOT / "tools/bench_step.py"), "--json", "--quick", "--random", "small", "--config",
-             tiny_world.config_file, "--batch-tokens", "4096"]
+def test_the_benchmark_runs(tiny_world: tiny.Tiny, tmp_path: Path) -> None:
+    """The GPU's path with shrunk models: both sets, all ways, ZeRO-3. The set stores another encoder's frames."""
+    tiny.write_set(tmp_path / "set", tiny.speech_records(24), info=FeatureInfo("0" * 64, 32, 50),
+                   encode=lambda wave: np.zeros((len(wave) // 320, 32), np.float16))
+    words = [sys.executable, str(ROOT / "tools/bench_step.py"), f"data.train=[{{path: {tmp_path / 'set'}}}]", "--json",
+             "--quick", "--random", "small", "--config", tiny_world.config_file, "--batch-tokens", "4096"]
     output = launching.run(words, 500).check().output
     result, _ = json.JSONDecoder().raw_decode(output[output.index('{\n "machine"') :])
     rows = {(row["set"], row["way"]): row for row in result["rows"]}

@@ -83,13 +83,15 @@ class Bench:
         self.parts, self.model, self.config = parts, parts.model, parts.config
         self.steps, self.rows, self._clips, self._base = steps, rows, clips, base
         self.k = self.config.pool.k_max
-        stored = replace(self.config, data=replace(self.config.data, stored_features=True))
         sets = self.config.data.train
-        self._readers = {"audio": parts.reader(sets, True),
-                         "padded": replace(parts, log_mel=PaddedLogMel(parts.log_mel)).reader(sets, True),
-                         "stored": replace(parts, config=stored).reader(sets, True)}
-        reader = self._readers["audio"]
-        self.has_stored = self._readers["stored"].is_features
+        reader = parts.reader(sets, True)
+        self._readers = {"audio": reader,
+                         "padded": replace(parts, log_mel=PaddedLogMel(parts.log_mel)).reader(sets, True)}
+        encoder = self.model.encoder.fingerprint  # a random one has made none of the sets' features
+        self.has_stored = all(index.features and index.features.fingerprint == encoder for index in reader.indexes)
+        if self.has_stored:
+            stored = replace(self.config, data=replace(self.config.data, stored_features=True))
+            self._readers["stored"] = replace(parts, config=stored).reader(sets, True)
         self._mixture: Mixture = parts.mixture(reader)
         self._cost = parts.training_cost(reader)
         self._optimizer = build_optimizer(self.model.trainable, self.config.train)
