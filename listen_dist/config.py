@@ -21,6 +21,7 @@ import braceexpand
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from listen_dist.errors import ListenError
 from listen_dist.schema import Config, ConfigError, DataConfig, require
 from listen_dist.tasks import TASKS, get_task
 
@@ -219,7 +220,7 @@ def check(config: Config) -> None:
     for task, weight in train.task_weights.items():
         try:
             get_task(task)
-        except ValueError as error:
+        except ListenError as error:
             raise ConfigError(f"train.task_weights: {error}") from None
         require(0 < weight < math.inf, f"train.task_weights.{task}", weight, "must be positive and finite")
     for key, beta in (("train.beta1", train.beta1), ("train.beta2", train.beta2)):

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from listen_dist.errors import ListenError
+
 T = TypeVar("T")
 
 
@@ -27,10 +29,10 @@ def setup(device: str, timeout_minutes: float) -> torch.device:
         The device of this rank.
 
     Raises:
-        ValueError: "cuda" on a machine without a usable GPU.
+        ListenError: "cuda" on a machine without a usable GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda': no usable NVIDIA GPU here; set device=cpu or run where there is one")
+        raise ListenError("device = 'cuda': no usable NVIDIA GPU here; set device=cpu or run where there is one")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -86,12 +88,12 @@ def node_ranks(node_size: int) -> list[list[int]]:
         node_size: ranks of one node, in order; 0: ranks with the same host name share a node.
 
     Raises:
-        ValueError: the ranks cannot be cut into nodes of `node_size`.
+        ListenError: the ranks cannot be cut into nodes of `node_size`.
     """
     world = world_size()
     if node_size:
         if world % node_size:
-            raise ValueError(f"parallel.node_size = {node_size}: does not divide the {world} ranks; "
+            raise ListenError(f"parallel.node_size = {node_size}: does not divide the {world} ranks; "
                              "set it to the ranks on one node, or to 0 to go by host names")
         return [list(range(first, first + node_size)) for first in range(0, world, node_size)]
     hosts = gather_objects(socket.gethostname())

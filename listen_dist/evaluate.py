@@ -46,7 +46,7 @@ from listen_dist.data.loader import LoaderError
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
-from listen_dist.engine.checkpoint import CheckpointError
+from listen_dist.errors import ListenError
 from listen_dist.evaluation import predictions as files
 from listen_dist.evaluation import report
 from listen_dist.evaluation.decoding import Decoder
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 1
     try:
         code = evaluate(*parse_arguments(argv))
-    except (ConfigError, CheckpointError, ShardError, FileNotFoundError, ValueError) as error:
+    except (ListenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
     except torch.OutOfMemoryError as error:

@@ -20,6 +20,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from listen_dist.errors import ListenError
 from listen_dist.inference.options import add_model
 from listen_dist.tasks import TASKS, get_task
 
@@ -50,7 +51,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments.choices = tuple(choice.strip() for choice in arguments.choices.split(",") if choice.strip())
     try:
         check(arguments)
-    except ValueError as error:
+    except ListenError as error:
         parser.error(str(error))
     return arguments
 
@@ -59,19 +60,19 @@ def check(arguments: argparse.Namespace) -> None:
     """What can be known before anything is loaded.
 
     Raises:
-        ValueError: naming the option and the cure.
+        ListenError: naming the option and the cure.
     """
     task = get_task(arguments.task)
     if not task.instruction and not arguments.instruction:
-        raise ValueError(f"--task {task.name}: needs a question, --instruction \"…\"")
+        raise ListenError(f"--task {task.name}: needs a question, --instruction \"…\"")
     if len(arguments.choices) == 1 or len(set(arguments.choices)) < len(arguments.choices):
-        raise ValueError("--choices: give two or more different answers, separated by commas")
+        raise ListenError("--choices: give two or more different answers, separated by commas")
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
-        raise ValueError("--max-new-tokens: must be at least 1")
+        raise ListenError("--max-new-tokens: must be at least 1")
     if arguments.batch_tokens < 32:
-        raise ValueError("--batch-tokens: must be at least 32")
+        raise ListenError("--batch-tokens: must be at least 32")
     if arguments.files.count("-") > 1:
-        raise ValueError("-: stdin can be read once only")
+        raise ListenError("-: stdin can be read once only")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

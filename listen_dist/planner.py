@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from listen_dist import config as configuration
+from listen_dist.errors import ListenError
 from listen_dist.model_sizes import BEATS_HEADS, LLMSize, Sizes, sizes_of, window_frames
 from listen_dist.schema import Config, ConfigError
 from listen_dist.structures import ENCODER_RATE
@@ -359,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             clusters.append(Cluster(ranks, per_node, options.tflops, options.node_link, options.network))
         config = configuration.load(options.config, options.overrides)
         sizes = sizes_of(config)
-    except ConfigError as error:
+    except (ListenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     limit = (options.gpu_memory - options.reserve) * GIB

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from listen_dist.errors import ListenError
 
-class ConfigError(ValueError):
+
+class ConfigError(ListenError):
     """A configuration that cannot be used; the first line names the key and the cure."""
 
 

@@ -6,6 +6,8 @@ import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from listen_dist.errors import ListenError
+
 if TYPE_CHECKING:  # brings torch along, which would keep `--help` waiting
     from listen_dist.structures import Record
 
@@ -57,20 +59,20 @@ def get_task(name: str) -> Task:
     """Return the task called `name`.
 
     Raises:
-        ValueError: nobody defined it; the message names the nearest known one.
+        ListenError: nobody defined it; the message names the nearest known one.
     """
     if name in TASKS:
         return TASKS[name]
     near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
-    raise ValueError(f"unknown task {name[:80]!r}: {hint}")
+    raise ListenError(f"unknown task {name[:80]!r}: {hint}")
 
 
 def choices_for(record: Record) -> tuple[str, ...]:
     """The closed set that the answer comes from: the record's `meta.choices`, or the task's own; else empty.
 
     Raises:
-        ValueError: `meta.choices` is no list of two or more different texts, or the right answer is not in it.
+        ListenError: `meta.choices` is no list of two or more different texts, or the right answer is not in it.
     """
     task = get_task(record.task)
     if task.answers != "choice":
@@ -80,10 +82,10 @@ def choices_for(record: Record) -> tuple[str, ...]:
         return ()
     if not isinstance(choices, list) or len(set(map(str, choices))) < max(2, len(choices)) or not all(
             isinstance(choice, str) and choice.strip() for choice in choices):
-        raise ValueError(f"record {record.id!r}: meta.choices = {choices!r:.80} is no list of two or more "
+        raise ListenError(f"record {record.id!r}: meta.choices = {choices!r:.80} is no list of two or more "
                          "different texts; mend the manifest and write the shard anew")
     if record.answers[0] not in choices:
-        raise ValueError(f"record {record.id!r}: the answer {record.answers[0]!r:.80} is not among the choices "
+        raise ListenError(f"record {record.id!r}: the answer {record.answers[0]!r:.80} is not among the choices "
                          f"{choices!r:.200}; mend the manifest and write the shard anew")
     return tuple(choices)
 
@@ -92,9 +94,9 @@ def instruction_for(record: Record) -> str:
     """Return the text that follows the audio: the record's instruction, its question, or the default.
 
     Raises:
-        ValueError: the task is unknown, or has no default and the record brings none.
+        ListenError: the task is unknown, or has no default and the record brings none.
     """
     text = record.instruction or record.question or get_task(record.task).instruction
     if not text:
-        raise ValueError(f"record {record.id!r}: task {record.task!r} needs `question` or `instruction`")
+        raise ListenError(f"record {record.id!r}: task {record.task!r} needs `question` or `instruction`")
     return text

@@ -45,11 +45,11 @@ from listen_dist.data.mixture import Mixture
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
-from listen_dist.engine.checkpoint import CheckpointError, TrainState
+from listen_dist.engine.checkpoint import TrainState
 from listen_dist.engine.health import report_links
 from listen_dist.engine.meter import Meter
 from listen_dist.engine.optim import build_optimizer
-from listen_dist.engine.replicated import DriftError, ReplicatedTrainables
+from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.engine.run_lock import RunLock
 from listen_dist.engine.saver import Saver
 from listen_dist.engine.signals import LOST_CONTACT, RESUMABLE, StopRequest
@@ -57,6 +57,7 @@ from listen_dist.engine.start_up import StartUp
 from listen_dist.engine.step import NonFiniteError, StepResult, train_step
 from listen_dist.engine.warm_start import fit_last_layer
 from listen_dist.engine.watchdog import Watchdog
+from listen_dist.errors import ListenError
 from listen_dist.evaluation.dev import DevHistory, evaluate_dev
 from listen_dist.model_sizes import Sizes, count, llm_size
 from listen_dist.planner import Cluster, plan_memory
@@ -397,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with StopRequest() as stop:
         try:
             code = run_program(parse_arguments(argv), stop)
-        except (ConfigError, CheckpointError, DriftError, NonFiniteError, ShardError, OSError, ValueError) as error:
+        except (ListenError, OSError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             code = 2
         except torch.OutOfMemoryError as error:

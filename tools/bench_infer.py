@@ -29,9 +29,9 @@ import torch
 
 from listen_dist import Listener
 from listen_dist.data.collate import collate
-from listen_dist.data.decode import AudioError, decode_audio
+from listen_dist.data.decode import decode_audio
 from listen_dist.data.manifest import read_manifest
-from listen_dist.engine.checkpoint import CheckpointError
+from listen_dist.errors import ListenError
 from listen_dist.inference.listener import Ask
 from listen_dist.structures import SAMPLE_RATE
 
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = Bench(listener, waves, [record.answers[0] for record in records])
         with torch.inference_mode():
             rows = [bench.measure("padded", 1), *(bench.measure("batched", batch) for batch in BATCHES)]
-    except (AudioError, CheckpointError, OSError, ValueError) as error:
+    except (ListenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result = {"device": str(listener.parts.model.device), "threads": torch.get_num_threads(), "clips": len(waves),

@@ -45,6 +45,7 @@ from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.engine.step import train_step
 from listen_dist.engine.zero3 import Zero3
+from listen_dist.errors import ListenError
 from listen_dist.model_sizes import sizes_of
 from listen_dist.models.llm import has_compiler
 from listen_dist.planner import Cluster, plan_step
@@ -274,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             work(config, options.steps, options.out)
             return 0
         rows = [row for ranks in options.ranks for row in launch(options, ranks)]
-    except (ConfigError, OSError, ValueError) as error:
+    except (ListenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps({"threads_a_rank": 1, "rows": rows}, indent=1) if options.json else report(rows))

@@ -47,12 +47,12 @@ import transformers
 
 from listen_dist import config as configuration
 from listen_dist import dist
-from listen_dist.data.shards import ShardError
+from listen_dist.errors import ListenError
 from listen_dist.model_sizes import Sizes
 from listen_dist.models.llm import DTYPES, has_compiler
 from listen_dist.planner import Cluster, plan_memory
 from listen_dist.planner import Shape as BatchShape
-from listen_dist.schema import Config, ConfigError, PoolConfig, ProjectorConfig
+from listen_dist.schema import Config, PoolConfig, ProjectorConfig
 from tools.step_bench import worlds
 from tools.step_bench.clock import PHASES, in_use, matrix_rate
 from tools.step_bench.ways import Bench, Measured, Turn, Way
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     try:
         result = run(options)
-    except (ConfigError, ShardError, OSError, ValueError) as error:
+    except (ListenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=1) if options.json else report(result))

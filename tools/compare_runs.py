@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from listen_dist.errors import ListenError
 from listen_dist.evaluation.bootstrap import compare
 from listen_dist.evaluation.predictions import Prediction, read_predictions
 from listen_dist.evaluation.scoring import LOWER, is_count, score_task
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         found = compare_runs(options.a, options.b, options.tasks)
-    except (OSError, ValueError) as error:
+    except (ListenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(found, indent=1) if options.json else table(found))
@@ -48,14 +49,14 @@ def compare_runs(a: Path, b: Path, tasks: Sequence[str] = ()) -> dict[str, dict[
         tasks: those to compare; default: all.
 
     Raises:
-        ValueError: the two runs are not over the same samples; the message says how they differ.
+        ListenError: the two runs are not over the same samples; the message says how they differ.
     """
     check_same_split(a, b, some=bool(tasks))
     first, second = ({(row.task, row.id): row for row in read_predictions(file_of(path))
                       if not tasks or row.task in tasks} for path in (a, b))
     for task in tasks:
         if task not in {name for name, _ in first}:
-            raise ValueError(f"{a}: no prediction of task {task!r}")
+            raise ListenError(f"{a}: no prediction of task {task!r}")
     check_same_samples(a, b, first, second)
     found: dict[str, dict[str, Any]] = {}
     for task in dict.fromkeys(task for task, _ in first):
@@ -85,10 +86,10 @@ def check_same_split(a: Path, b: Path, some: bool) -> None:
         pinned.append((tree.get("split"), set(tree.get("data_fingerprints", {}).values())))
     (split_a, data_a), (split_b, data_b) = pinned
     if split_a and split_b and split_a != split_b:
-        raise ValueError(f"{a} is of split {split_a!r}, {b} of {split_b!r}; evaluate both on one split")
+        raise ListenError(f"{a} is of split {split_a!r}, {b} of {split_b!r}; evaluate both on one split")
     alike = data_a <= data_b or data_b <= data_a if some else data_a == data_b
     if data_a and data_b and not alike:
-        raise ValueError(f"{a} and {b} are of sets whose bytes differ (data_fingerprints); evaluate both on the same")
+        raise ListenError(f"{a} and {b} are of sets whose bytes differ (data_fingerprints); evaluate both on the same")
 
 
 def check_same_samples(a: Path, b: Path, first: dict[tuple[str, str], Prediction],
@@ -97,11 +98,11 @@ def check_same_samples(a: Path, b: Path, first: dict[tuple[str, str], Prediction
         missing = sorted(mine.keys() - theirs.keys())
         if missing:
             task, name = missing[0]
-            raise ValueError(f"{len(missing)} samples of {path} are not in {other}, the first {name!r} ({task}); "
+            raise ListenError(f"{len(missing)} samples of {path} are not in {other}, the first {name!r} ({task}); "
                              "evaluate both on the same split and limit, or compare some --tasks alone")
     for key, row in first.items():
         if row.answers != second[key].answers:
-            raise ValueError(f"sample {row.id!r}: the references differ between {a} and {b}; evaluate both on the "
+            raise ListenError(f"sample {row.id!r}: the references differ between {a} and {b}; evaluate both on the "
                              "same data")
 
 

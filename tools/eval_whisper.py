@@ -29,6 +29,7 @@ from listen_dist import logs
 from listen_dist.data.manifest import file_sha256
 from listen_dist.data.schedule import SampleRef
 from listen_dist.data.shards import ShardError, ShardIndex
+from listen_dist.errors import ListenError
 from listen_dist.evaluation.predictions import Prediction
 from listen_dist.evaluation.results import code_commit, score_and_write, versions
 from listen_dist.models.encoders import check_model_folder
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = configuration.load(arguments.config, arguments.overrides)
         evaluate(config, arguments.split, arguments.out, arguments.batch)
         return 0
-    except (ConfigError, ShardError, OSError, ValueError) as error:
+    except (ListenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
 
@@ -119,7 +120,7 @@ class Whisper:
         """From a folder or Hugging Face name, in fp32.
 
         Raises:
-            ValueError: weights are missing, as in a folder that holds the encoder alone.
+            ListenError: weights are missing, as in a folder that holds the encoder alone.
         """
         check_model_folder(path, "model.speech_encoder")
         logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns of missing weights; refused below
@@ -127,7 +128,7 @@ class Whisper:
                                                                        output_loading_info=True)
         missing = sorted(set(found["missing_keys"]) - {"proj_out.weight"})  # that one is the decoder's embedding
         if missing:
-            raise ValueError(f"model.speech_encoder = {path!r}: has no decoder to score: {len(missing)} weights are "
+            raise ListenError(f"model.speech_encoder = {path!r}: has no decoder to score: {len(missing)} weights are "
                              f"missing, the first {missing[0]}")
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         return cls(model.eval().to("cuda" if cuda else "cpu"), WhisperProcessor.from_pretrained(path), beams)

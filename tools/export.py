@@ -21,13 +21,12 @@ import torch
 
 from listen_dist import config as configuration
 from listen_dist.engine import checkpoint, exports
-from listen_dist.engine.checkpoint import CheckpointError
+from listen_dist.errors import ListenError
 from listen_dist.evaluation.predictions import read_predictions
 from listen_dist.inference.options import add_frozen_models
 from listen_dist.inference.usage import usage_by_task
 from listen_dist.models.beats import load_audio_encoder
 from listen_dist.models.encoders import load_speech_encoder
-from listen_dist.schema import ConfigError
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else None
         print(exports.write(source, arguments.out, encoders, config, results, arguments.half, usage, notes))
         return 0
-    except (ConfigError, CheckpointError, OSError, ValueError) as error:
+    except (ListenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

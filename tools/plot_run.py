@@ -17,6 +17,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from listen_dist.errors import ListenError
+
 Curves = dict[str, tuple[list[float], list[float]]]
 """Name → places on the axis and values."""
 AXES = {"step": ("optimizer step", "step", 1), "clips": ("clips seen", "clips_seen", 1),
@@ -28,11 +30,11 @@ def read_curves(run: Path, by: str = "step") -> tuple[Curves, Curves]:
     """Training losses by task, and dev scores by "task metric", against the axis `by`.
 
     Raises:
-        ValueError: the run has no metrics, or a line of them is no JSON object.
+        ListenError: the run has no metrics, or a line of them is no JSON object.
     """
     file = run / "metrics.jsonl"
     if not file.is_file():
-        raise ValueError(f"{file}: not there; name the folder of a run (run_dir)")
+        raise ListenError(f"{file}: not there; name the folder of a run (run_dir)")
     _, metric, unit = AXES[by]
     losses: Curves = {}
     scores: Curves = {}
@@ -42,7 +44,7 @@ def read_curves(run: Path, by: str = "step") -> tuple[Curves, Curves]:
             entry = json.loads(line)
             int(entry["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}:{number}: no line of metrics ({error!r})") from None
+            raise ListenError(f"{file}:{number}: no line of metrics ({error!r})") from None
         # A line of dev scores has the step alone; the training's line before it has the rest.
         at = entry.get(metric, at * unit) / unit
         for key, value in entry.items():
@@ -51,7 +53,7 @@ def read_curves(run: Path, by: str = "step") -> tuple[Curves, Curves]:
             elif key.startswith("dev/"):
                 _add(scores, key.removeprefix("dev/").replace("/", " "), at, value)
     if not losses:
-        raise ValueError(f"{file}: no training loss in it yet")
+        raise ListenError(f"{file}: no training loss in it yet")
     return losses, scores
 
 
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = arguments.out or arguments.run / "curves.png"
     try:
         draw(*read_curves(arguments.run, arguments.by), out, AXES[arguments.by][0])
-    except (OSError, ValueError) as error:
+    except (ListenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(out)

@@ -28,6 +28,7 @@ from safetensors import safe_open
 from scipy import stats
 
 from listen_dist import config as configuration
+from listen_dist.errors import ListenError
 from listen_dist.schema import Config, ConfigError
 
 
@@ -87,14 +88,14 @@ def launch(script: str, words: Sequence[str], ranks: int) -> None:
     """Run one of the package's programs on so many ranks.
 
     Raises:
-        RuntimeError: it failed.
+        ListenError: it failed.
     """
     bin_folder = Path(sys.executable).parent
     head = [str(bin_folder / "deepspeed"), "--num_gpus", str(ranks)] if ranks > 1 else [sys.executable]
     command = [*head, str(ROOT / "listen_dist" / script), *words]
     print("+", " ".join(command), flush=True)
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
-        raise RuntimeError(f"{script} failed; the command is above, and it goes on where it stopped")
+        raise ListenError(f"{script} failed; the command is above, and it goes on where it stopped")
 
 
 def run_job(job: Job, ks: Sequence[int], ranks: int) -> None:
@@ -235,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for job in () if arguments.table_only else jobs:
             run_job(job, arguments.top_k, arguments.ranks)
         table = collect(variants, jobs)
-    except (ConfigError, RuntimeError, OSError) as error:
+    except (ListenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)

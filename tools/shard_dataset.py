@@ -28,6 +28,7 @@ from shard_build import BuildOptions, build
 from shard_stats import plot, print_stats, verify_all
 
 from listen_dist.data.shards import ShardIndex
+from listen_dist.errors import ListenError
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def main() -> None:
                 plot(index, options.plot)
     except BrokenProcessPool:
         sys.exit("error: a worker process died (out of memory?); run again with fewer --workers to go on")
-    except (ValueError, OSError) as error:
+    except (ListenError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -66,7 +67,7 @@ def _sets(options: argparse.Namespace) -> dict[Path, list[Path]]:
         return {out: options.manifests}
     sets = {out.joinpath(*manifest.stem.split(".")): [manifest] for manifest in options.manifests}
     if len(sets) < len(options.manifests):
-        raise ValueError("--separate: two manifests have the same name, so their shards would share a folder")
+        raise ListenError("--separate: two manifests have the same name, so their shards would share a folder")
     return sets
 
 

@@ -16,6 +16,7 @@ import soundfile
 import torch
 import torchaudio.functional
 
+from listen_dist.errors import ListenError
 from listen_dist.structures import SAMPLE_RATE
 
 MIN_SECONDS = 0.02
@@ -31,7 +32,7 @@ _UNKNOWN_FRAMES = 1 << 62
 """libsndfile's length of a FLAC that was written to a pipe; it can't read such a one."""
 
 
-class AudioError(ValueError):
+class AudioError(ListenError):
     """An audio file or member that can't be used; the message says why."""
 
 

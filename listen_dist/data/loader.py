@@ -43,6 +43,7 @@ from listen_dist.data.schedule import TokenCost, plan_batches, plan_once
 from listen_dist.data.shard_members import PackedSample, ShardError, Want
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
+from listen_dist.errors import ListenError
 from listen_dist.schema import DataConfig
 from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch, LoaderState, Record, SkippedSample
 from listen_dist.tasks import choices_for
@@ -53,7 +54,7 @@ U = TypeVar("U")
 _DEATH = re.compile(r"DataLoader worker .*(killed|exited)")
 
 
-class LoaderError(RuntimeError):
+class LoaderError(ListenError):
     """A loader process died; the message says how, and what to try."""
 
     @classmethod
@@ -165,7 +166,7 @@ class BatchReader(Dataset[Batch]):
     def _choices(self, record: Record) -> tuple[str, ...]:
         try:
             return choices_for(record)
-        except ValueError as error:
+        except ListenError as error:
             raise ShardError(str(error)) from None
 
     def _features(self, wave: np.ndarray, name: str, epoch: int) -> tuple[torch.Tensor, torch.Tensor | None, float]:
@@ -292,7 +293,7 @@ def _batches(reader: BatchReader, sampler: object, workers: int, pin_memory: boo
             raise
         # Its frames in this process would keep the other workers alive.
         error.with_traceback(None)
-        died = LoaderError.of(error) if isinstance(error, RuntimeError) else None
+        died = LoaderError.of(error) if isinstance(error, (RuntimeError, ListenError)) else None
         raise died or _message_first(error) from None
     finally:
         del iterator  # ends the workers

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from listen_dist.errors import ListenError
 from listen_dist.structures import Record
 from listen_dist.tasks import get_task, instruction_for
 
@@ -34,7 +35,7 @@ _TEXT_KEYS = ("id", "task", "target", "instruction", "question", "language", "sp
 _KEYS = (*_TEXT_KEYS, "audio", "references", "duration", "meta")
 
 
-class ManifestError(ValueError):
+class ManifestError(ListenError):
     """A record that can't be used; the message names the key and the cure, and where it stands."""
 
 
@@ -57,7 +58,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Iterator[Record]:
                     raise ManifestError(
                         f"key 'id': {record.id!r} stands in line {earlier} too; ids are unique"
                     )
-            except ValueError as error:
+            except ListenError as error:
                 raise ManifestError(f"{path}:{number}: {error}") from None
             first_line[record.id] = number
             yield _with_absolute_audio(record, path.parent)
@@ -227,7 +228,7 @@ def _check_record(record: Record, need_audio: bool) -> None:
     check_id(record.id)
     try:
         get_task(record.task)
-    except ValueError as error:
+    except ListenError as error:
         raise ManifestError(f"key 'task': {error}") from None
     if not all(answer.strip() for answer in record.answers):
         raise ManifestError("key 'target' is empty and there are no 'references'; give the right answer")

@@ -24,6 +24,7 @@ import requests
 import urllib3
 
 from listen_dist.data.shard_members import ShardError
+from listen_dist.errors import ListenError
 
 _BLOCK = 1 << 20
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
@@ -33,7 +34,7 @@ _PROGRESS = 1 << 20
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
-class SourceError(ValueError):
+class SourceError(ListenError):
     """A source that does not answer, or refuses us; names the file and the last cause."""
 
 

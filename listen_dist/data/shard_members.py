@@ -16,6 +16,7 @@ import numpy as np
 
 from listen_dist.data.decode import decode_audio
 from listen_dist.data.manifest import MAX_LINE_BYTES, record_from_json
+from listen_dist.errors import ListenError
 from listen_dist.structures import AudioSample, Record
 
 AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3")
@@ -27,7 +28,7 @@ _SUFFIXES = (*AUDIO_SUFFIXES, "json", *(f"{kind}.npy" for kind in FEATURE_KINDS)
 Want = Literal["record", "audio", "features", "both"]
 
 
-class ShardError(ValueError):
+class ShardError(ListenError):
     """A shard, sidecar or index that is damaged, missing or hostile; names the file and the cure."""
 
 

@@ -44,7 +44,7 @@ class Parts:
         Raises:
             ShardError: an index or shard is missing or damaged.
             ConfigError: stored features of another encoder.
-            ValueError: a task that owns no prompts (`pool.selection = task_static`).
+            ListenError: a task that owns no prompts (`pool.selection = task_static`).
         """
         indexes = [ShardIndex.load(entry.path, self.config.data) for entry in sets]
         for index in indexes:

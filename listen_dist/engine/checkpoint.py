@@ -31,6 +31,7 @@ from torch import nn
 
 from listen_dist.config import differences, load, to_yaml
 from listen_dist.data.manifest import file_sha256
+from listen_dist.errors import ListenError
 from listen_dist.schema import Config, ConfigError
 from listen_dist.structures import LoaderState
 
@@ -45,7 +46,7 @@ FREE_TO_CHANGE = ("run_dir", "device", "parallel.", "eval.", "tracking.", "data.
 """Keys that may differ between a checkpoint and the run that goes on from it."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ListenError):
     """A checkpoint that cannot be used; the first line names the file and the cure."""
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from listen_dist import dist
+from listen_dist.errors import ListenError
 
 
-class DriftError(RuntimeError):
+class DriftError(ListenError):
     """Ranks hold different trainables; the run must not go on."""
 
 

@@ -10,12 +10,13 @@ import torch
 from listen_dist import dist
 from listen_dist.engine.optim import learning_rate, set_learning_rate
 from listen_dist.engine.replicated import ReplicatedTrainables
+from listen_dist.errors import ListenError
 from listen_dist.models.listen import Listen
 from listen_dist.schema import Config
 from listen_dist.structures import Batch, ModelOutput
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ListenError):
     """Too many steps in a row had to be left out."""
 
 

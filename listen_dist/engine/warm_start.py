@@ -24,6 +24,7 @@ import torch
 import torch.distributed
 
 from listen_dist import dist
+from listen_dist.errors import ListenError
 from listen_dist.models.listen import Listen
 from listen_dist.structures import Batch
 
@@ -39,7 +40,7 @@ def fit_last_layer(model: Listen, batches: Iterable[Batch]) -> None:
     """Solve `projector.out` on the first clips of `batches`, which every rank must pass alike.
 
     Raises:
-        ValueError: none of the first batches holds a usable clip.
+        ListenError: none of the first batches holds a usable clip.
     """
     projector = model.projector
     width, out = projector.out.in_features, projector.out.out_features
@@ -60,7 +61,7 @@ def fit_last_layer(model: Listen, batches: Iterable[Batch]) -> None:
         if samples >= SAMPLES:
             break
     if not samples:
-        raise ValueError("projector.start = 'least_squares': no usable clip among the first; set it to random")
+        raise ListenError("projector.start = 'least_squares': no usable clip among the first; set it to random")
     hidden_mean, target_mean = hidden_sum / windows, target_sum / windows
     gram -= windows * torch.outer(hidden_mean, hidden_mean)
     cross -= windows * torch.outer(hidden_mean, target_mean)

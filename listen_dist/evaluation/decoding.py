@@ -17,6 +17,7 @@ import torch
 from listen_dist import dist, logs
 from listen_dist.data.loader import BatchReader, decoding_batches, find_filler
 from listen_dist.engine.assembly import Parts
+from listen_dist.errors import ListenError
 from listen_dist.evaluation.predictions import PartialFile, Prediction
 from listen_dist.schema import EvalConfig
 from listen_dist.structures import Batch, SkippedSample
@@ -48,7 +49,7 @@ class Decoder:
             all ranks' predictions in the order of ids, and the samples that could not be read.
 
         Raises:
-            ValueError: a sample is missing or came twice.
+            ListenError: a sample is missing or came twice.
         """
         (index,) = reader.indexes
         batches, rounds = decoding_batches(reader, self.parts.token_cost(self.k), self.config.batch_tokens,
@@ -68,7 +69,7 @@ class Decoder:
         names = [row.id for row in (*everything, *left_out)]
         expected = min(self.config.limit or index.samples, index.samples)
         if len(names) != expected or len(set(names)) != expected:
-            raise ValueError(f"{index.folder}: {len(names)} results ({len(set(names))} different ids) for "
+            raise ListenError(f"{index.folder}: {len(names)} results ({len(set(names))} different ids) for "
                                f"{expected} samples; delete the partial results and evaluate again")
         return everything, left_out
 

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from listen_dist.errors import ListenError
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -61,7 +63,7 @@ def take_over(folder: Path, header: dict[str, Any]) -> dict[str, list[Prediction
     of ranks may change.
 
     Raises:
-        ValueError: the folder holds the results of another evaluation, or was damaged.
+        ListenError: the folder holds the results of another evaluation, or was damaged.
     """
     known = folder / "header.json"
     header = json.loads(json.dumps(header))  # as it reads back
@@ -69,7 +71,7 @@ def take_over(folder: Path, header: dict[str, Any]) -> dict[str, list[Prediction
         earlier = json.loads(known.read_text(encoding="utf-8"))
         differing = sorted(key for key in {*earlier, *header} if earlier.get(key) != header.get(key))
         if differing:
-            raise ValueError(f"{folder}: holds an interrupted evaluation that differs in {', '.join(differing)}; "
+            raise ListenError(f"{folder}: holds an interrupted evaluation that differs in {', '.join(differing)}; "
                              "finish it with the same settings, choose another --out, or delete that folder")
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     files = sorted(folder.glob("rank-*.jsonl"))
@@ -98,7 +100,7 @@ def prediction_from(tree: dict[str, Any]) -> Prediction:
     """A prediction from its JSON fields; others (`set`) are passed over.
 
     Raises:
-        ValueError: missing fields.
+        ListenError: missing fields.
     """
     known = {item.name for item in fields(Prediction)}
     try:
@@ -106,7 +108,7 @@ def prediction_from(tree: dict[str, Any]) -> Prediction:
                                   for key, value in tree.items() if key in known}
         return Prediction(**values)
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"not a prediction ({error}): {str(tree)[:80]}") from None
+        raise ListenError(f"not a prediction ({error}): {str(tree)[:80]}") from None
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -114,7 +116,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line is no prediction; the message names it.
+        ListenError: a line is no prediction; the message names it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no predictions here; run evaluate.py first")
@@ -123,8 +125,8 @@ def read_predictions(path: Path) -> list[Prediction]:
         if line:
             try:
                 rows.append(prediction_from(json.loads(line)))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
+            except (ListenError, ValueError) as error:
+                raise ListenError(f"{path}:{number}: {error}") from None
     return rows
 
 

@@ -29,16 +29,14 @@ import torch
 
 from listen_dist import config as configuration
 from listen_dist import dist, logs, tracking
-from listen_dist.data.decode import AudioError
 from listen_dist.data.loader import BatchReader
 from listen_dist.data.schedule import SampleRef
-from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint
 from listen_dist.engine.assembly import Parts, assemble
-from listen_dist.engine.checkpoint import CheckpointError
+from listen_dist.errors import ListenError
 from listen_dist.evaluation import figures, prompts
 from listen_dist.models.prompt_pool import Pool
-from listen_dist.schema import Config, ConfigError
+from listen_dist.schema import Config
 from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch
 
 TOKENS = 5
@@ -47,7 +45,7 @@ BATCH = 16
 """Clips of one pass for queries."""
 
 
-class ReportError(RuntimeError):
+class ReportError(ListenError):
     """A run that cannot be reported on; the first line names the file and the cure."""
 
 
@@ -346,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = make(run, parts, arguments.clips, arguments.queries)
         print(f"{json.loads(page.with_suffix('.json').read_text())['verdict']['words']}\n{page}")
         return 0
-    except (ReportError, ConfigError, CheckpointError, ShardError, AudioError, FileNotFoundError, ValueError) as error:
+    except (ListenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from listen_dist.errors import ListenError
 from listen_dist.evaluation.bootstrap import Figure, interval
 from listen_dist.evaluation.captions import TOKENIZERS, caption_figures
 from listen_dist.evaluation.metrics import (
@@ -47,7 +48,7 @@ def score_task(task: str, rows: Sequence[Prediction], java: bool = True) -> Task
         java: False leaves out the caption metrics that start Java programs.
 
     Raises:
-        ValueError: no prediction at all, or one without a reference.
+        ListenError: no prediction at all, or one without a reference.
     """
     check_references(rows)
     known = get_task(task)
@@ -115,8 +116,8 @@ def is_count(metric: str) -> bool:
 def check_references(rows: Sequence[Prediction]) -> None:
     """Raise ValueError unless there are rows, each with a right answer."""
     if not rows:
-        raise ValueError("no prediction to score; is the split empty, or was every sample skipped?")
+        raise ListenError("no prediction to score; is the split empty, or was every sample skipped?")
     for row in rows:
         if not row.answers or not all(answer.strip() for answer in row.answers):
-            raise ValueError(f"sample {row.id!r} has no reference; give `target` or `references` in the manifest "
+            raise ListenError(f"sample {row.id!r} has no reference; give `target` or `references` in the manifest "
                              "and write the shard anew")

@@ -36,6 +36,7 @@ from listen_dist.data.features import Fbank
 from listen_dist.data.schedule import cut_by_budget
 from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.assembly import Parts, assemble
+from listen_dist.errors import ListenError
 from listen_dist.evaluation.decoding import Decoder
 from listen_dist.evaluation.predictions import Prediction
 from listen_dist.inference.long_audio import Piece, join, join_settled, split
@@ -191,7 +192,7 @@ class Listener:
 
         Raises:
             AudioError: of the first clip that can't be used.
-            ValueError: unknown task, or one that needs an `instruction`.
+            ListenError: unknown task, or one that needs an `instruction`.
         """
         answers: dict[int, Answer] = {}
         for number, result in self.listen(clips, Ask(task, instruction, tuple(choices), max_new_tokens), batch_tokens):
@@ -216,7 +217,7 @@ class Listener:
         generator ends the generation.
 
         Raises:
-            AudioError, ValueError: as `generate`.
+            ListenError: as `generate`.
         """
         ask = Ask(task, instruction, tuple(choices), max_new_tokens)
         heard = self._hear(audio, ask)
@@ -418,7 +419,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device = {name!r}: no usable NVIDIA GPU here; take 'cpu'")
+        raise ListenError(f"device = {name!r}: no usable NVIDIA GPU here; take 'cpu'")
     return torch.device(name)
 
 

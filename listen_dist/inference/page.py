@@ -25,6 +25,7 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 
 from listen_dist.data.decode import AudioError, decode_audio
+from listen_dist.errors import ListenError
 from listen_dist.inference.listener import Answer, Clip, Listener
 from listen_dist.inference.uploads import TooLarge, Upload, Uploads
 from listen_dist.structures import SAMPLE_RATE
@@ -125,7 +126,7 @@ def build(listener: Listener, served: Served, uploads: Uploads) -> FastAPI:
             return _error(404, "this recording is no longer on the server: choose it again")
         try:
             check(question)
-        except ValueError as error:
+        except ListenError as error:
             return _error(422, str(error))
         if waiting >= MOST_WAITING:
             return _error(503, f"{waiting} other questions are waiting for the model: try again in a moment")
@@ -162,16 +163,16 @@ def check(question: Question) -> None:
     """What can be known about a question without listening.
 
     Raises:
-        ValueError: naming the cure.
+        ListenError: naming the cure.
     """
     task = get_task(question.task)
     pair = task.name == "speaker_verification"
     if pair != (len(question.clips) == 2):
-        raise ValueError("choose two recordings to compare" if pair else f"{task.name} is about one recording")
+        raise ListenError("choose two recordings to compare" if pair else f"{task.name} is about one recording")
     if not (task.instruction or question.instruction.strip()):
-        raise ValueError("write a question first")
+        raise ListenError("write a question first")
     if len(question.choices) == 1 or len(set(question.choices)) < len(question.choices):
-        raise ValueError("answers to choose from: give two or more different ones")
+        raise ListenError("answers to choose from: give two or more different ones")
 
 
 def answer_lines(listener: Listener, question: Question, clips: list[Upload]) -> Generator[bytes, None, None]:
@@ -188,9 +189,9 @@ def answer_lines(listener: Listener, question: Question, clips: list[Upload]) ->
     except StopIteration as end:
         seconds = time.perf_counter() - start
         yield _line({"answer": as_tree(end.value), "timing": {"first": first or seconds, "total": seconds}})
-    except (AudioError, ValueError) as error:
+    except ListenError as error:
         yield _line({"error": _in_words(error, clips)})
-    except (RuntimeError, MemoryError, OSError):  # out of memory, a file that vanished
+    except Exception:  # a fault of ours, out of memory, a file that vanished
         logger.exception("no answer to %r", question)
         yield _line({"error": "the server could not answer; its terminal says why"})
     finally:

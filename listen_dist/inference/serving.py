@@ -11,13 +11,12 @@ from pathlib import Path
 import uvicorn
 
 from listen_dist.engine import exports
-from listen_dist.engine.checkpoint import CheckpointError
+from listen_dist.errors import ListenError
 from listen_dist.inference import page
 from listen_dist.inference.listener import Listener
 from listen_dist.inference.shell import newest_below
 from listen_dist.inference.uploads import Uploads
 from listen_dist.inference.usage import known_usage
-from listen_dist.schema import ConfigError
 
 LOOPBACK = frozenset(("127.0.0.1", "localhost", "[::1]"))
 
@@ -36,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         served = page.Served(_name(folder), known_usage(folder, listener.config.pool), arguments.max_seconds, max_bytes,
                              LOOPBACK if local else None)
         uploads = Uploads(max_bytes)
-    except (ConfigError, CheckpointError, OSError, ValueError) as error:
+    except (ListenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from listen_dist.data.decode import AudioError
 from listen_dist.engine import checkpoint
 from listen_dist.engine.checkpoint import CheckpointError
+from listen_dist.errors import ListenError
 from listen_dist.inference.listener import Answer, Ask, Clip, Listener
-from listen_dist.schema import ConfigError
 
 SUFFIXES = frozenset((".aac", ".aif", ".aiff", ".amr", ".flac", ".g722", ".m4a", ".mka", ".mp3", ".mp4", ".oga", ".ogg",
                       ".opus", ".wav", ".webm", ".wma"))
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         # One file that was named itself: its text alone, for use in a shell.
         bare = len(names) == 1 and not Path(arguments.files[0]).is_dir()
         return write(names, results, Form(arguments.jsonl, arguments.explain, bare))
-    except (ConfigError, CheckpointError, OSError, ValueError) as error:
+    except (ListenError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # the reader has had enough, e.g. `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
@@ -60,13 +60,13 @@ def inputs(files: list[str], in_pairs: bool) -> tuple[list[str], Iterator[Clip]]
     """Names and sources of what is asked about, in order; folders searched, stdin read when its turn comes.
 
     Raises:
-        ValueError: an odd number of files where they go in pairs; a folder without audio.
+        ListenError: an odd number of files where they go in pairs; a folder without audio.
     """
     found = [path for file in files for path in _expand(file)]
     if not in_pairs:
         return found, (_source(name) for name in found)
     if len(found) % 2:
-        raise ValueError(f"speaker_verification compares two recordings each; {len(found)} were given")
+        raise ListenError(f"speaker_verification compares two recordings each; {len(found)} were given")
     pairs = list(zip(found[::2], found[1::2], strict=True))
     return [f"{a} {b}" for a, b in pairs], ((_source(a), _source(b)) for a, b in pairs)
 
@@ -76,7 +76,7 @@ def _expand(file: str) -> list[str]:
         return [file]
     inside = sorted(str(path) for path in Path(file).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not inside:
-        raise ValueError(f"{file}: holds no audio file ({' '.join(sorted(SUFFIXES))})")
+        raise ListenError(f"{file}: holds no audio file ({' '.join(sorted(SUFFIXES))})")
     return inside
 
 

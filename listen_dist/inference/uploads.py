@@ -9,13 +9,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from listen_dist.errors import ListenError
+
 MOST_CLIPS = 64
 """The oldest goes when more come, so that the folder stays of bounded size."""
 SUFFIXES = frozenset((".g722",))
 """Suffixes that decoding needs, because the bytes alone do not tell the format."""
 
 
-class TooLarge(ValueError):
+class TooLarge(ListenError):
     """More bytes than allowed; the message says how many those are."""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from listen_dist.engine import exports
+from listen_dist.errors import ListenError
 from listen_dist.evaluation.predictions import Prediction, read_predictions
 from listen_dist.evaluation.prompts import Choices
 from listen_dist.schema import PoolConfig
@@ -37,6 +38,6 @@ def known_usage(checkpoint: Path, pool: PoolConfig) -> dict[str, list[float]]:
         of = json.loads((run / "results.json").read_text()).get("checkpoint_sha256")
         if of == hashlib.sha256((checkpoint / "trainables.safetensors").read_bytes()).hexdigest():
             return usage_by_task(pool, read_predictions(run / "predictions.jsonl"))
-    except (OSError, ValueError, AttributeError):
+    except (ListenError, OSError, ValueError, AttributeError):
         pass  # the page works without
     return {}

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from listen_dist.errors import ListenError
 from listen_dist.models.encoders import fingerprint, length_mask
 
 PATCH = 16
@@ -33,7 +34,7 @@ class BeatsEncoder(nn.Module):
         weights: the checkpoint's tensors; those of a classifier on top (`predictor.…`) are not used.
 
     Raises:
-        ValueError: sizes that no published BEATs has, or weights that do not fit them.
+        ListenError: sizes that no published BEATs has, or weights that do not fit them.
     """
 
     def __init__(self, cfg: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
@@ -41,7 +42,7 @@ class BeatsEncoder(nn.Module):
         speechbrain = implementation()
         sizes = speechbrain.BEATsConfig(cfg)
         if sizes.input_patch_size != PATCH or sizes.layer_norm_first:
-            raise ValueError(f"cfg has input_patch_size {sizes.input_patch_size} and layer_norm_first "
+            raise ListenError(f"cfg has input_patch_size {sizes.input_patch_size} and layer_norm_first "
                              f"{sizes.layer_norm_first}; all published checkpoints have {PATCH} and False")
         self.width: int = sizes.encoder_embed_dim
         self.patch_embedding = nn.Conv2d(1, sizes.embed_dim, PATCH, stride=PATCH, bias=sizes.conv_bias)
@@ -53,7 +54,7 @@ class BeatsEncoder(nn.Module):
             self.load_state_dict({name: value for name, value in weights.items()
                                   if not name.startswith("predictor")})
         except RuntimeError as error:
-            raise ValueError(f"its weights do not fit its cfg: {' '.join(str(error).split())[:300]}") from None
+            raise ListenError(f"its weights do not fit its cfg: {' '.join(str(error).split())[:300]}") from None
         self.fingerprint = fingerprint(self)
         # Weight norm is folded into a plain weight in fp32, before anybody rounds its two parts.
         parametrize.remove_parametrizations(self.encoder.pos_conv[0], "weight")
@@ -103,7 +104,7 @@ def load_audio_encoder(path: str, dtype: torch.dtype) -> BeatsEncoder:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a BEATs checkpoint; nothing in it was executed.
+        ListenError: not a BEATs checkpoint; nothing in it was executed.
     """
     where = f"model.audio_encoder = {path!r}"
     if not Path(path).is_file():
@@ -111,8 +112,8 @@ def load_audio_encoder(path: str, dtype: torch.dtype) -> BeatsEncoder:
                                 "BEATs_iter3_plus_AS2M.pt)")
     try:
         return BeatsEncoder(*_read_checkpoint(path)).to(dtype)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    except ListenError as error:
+        raise ListenError(f"{where}: {error}") from error
 
 
 def _read_checkpoint(path: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -121,10 +122,10 @@ def _read_checkpoint(path: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises many types for files that are damaged or of another kind
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{expected}; nothing in it was executed: {reason}") from error
+        raise ListenError(f"{expected}; nothing in it was executed: {reason}") from error
     cfg, weights = (content.get(key) if isinstance(content, dict) else None for key in ("cfg", "model"))
     if not isinstance(cfg, dict) or not isinstance(weights, dict) or "patch_embedding.weight" not in weights:
-        raise ValueError(expected)
+        raise ListenError(expected)
     return cfg, weights
 
 
@@ -137,13 +138,13 @@ def implementation() -> types.ModuleType:
     them, so they are taken out; nothing here uses an old name.
 
     Raises:
-        ValueError: the package is not installed.
+        ListenError: the package is not installed.
     """
     os.environ.setdefault("SB_DISABLE_QUIRKS", "allow_tf32,disable_jit_profiling")
     try:
         from speechbrain.lobes.models import beats
     except ImportError as error:
-        raise ValueError("BEATs needs the package speechbrain: pip install 'listen_dist[audio]'") from error
+        raise ListenError("BEATs needs the package speechbrain: pip install 'listen_dist[audio]'") from error
     for name, module in list(sys.modules.items()):
         if type(module).__name__ == "DeprecatedModuleRedirect":
             del sys.modules[name]

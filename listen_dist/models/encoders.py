@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, WhisperConfig, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperEncoderLayer
 
+from listen_dist.errors import ListenError
+
 
 class SpeechEncoder(nn.Module):
     """A frozen Whisper encoder for rows of unlike lengths.
@@ -54,12 +56,12 @@ class SpeechEncoder(nn.Module):
             frames [B, F, E] (zeros behind the true length) and true lengths [B].
 
         Raises:
-            ValueError: a clip longer than the encoder's window (30 s).
+            ListenError: a clip longer than the encoder's window (30 s).
         """
         encoder = self.encoder
         out_lengths = self.frames_of(lengths)
         if int(out_lengths.max()) > self.max_frames:
-            raise ValueError(f"clip of {int(lengths.max()) / 100:.1f} s is longer than the speech encoder's "
+            raise ListenError(f"clip of {int(lengths.max()) / 100:.1f} s is longer than the speech encoder's "
                              f"window of {self.max_frames / 50:.0f} s: split it")
         mel_mask = length_mask(lengths, mel.shape[-1])  # [B, M]
         mel = mel.to(encoder.conv1.weight.dtype).masked_fill(~mel_mask[:, None], 0)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from listen_dist import logs
+from listen_dist.errors import ListenError
 from listen_dist.models.encoders import check_model_folder
 from listen_dist.schema import ConfigError, ModelConfig
 
@@ -34,13 +35,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer; it must know an end-of-sequence token (a BOS may be missing).
 
     Raises:
-        ValueError: no EOS token.
+        ListenError: no EOS token.
         FileNotFoundError: `path` looks like a folder and does not exist.
     """
     check_model_folder(path, "model.llm")
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"model.llm = {path!r}: its tokenizer has no EOS token, so no target could end; "
+        raise ListenError(f"model.llm = {path!r}: its tokenizer has no EOS token, so no target could end; "
                          "set eos_token in its tokenizer_config.json")
     return tokenizer
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from listen_dist.errors import ListenError
 from listen_dist.kernels.topk_match.op import TopkMatch
 from listen_dist.kernels.topk_match.reference import masked_mean
 from listen_dist.models.prompt_pool import Pool, PromptPool, initial_keys, initial_values
@@ -74,11 +75,11 @@ class TaskPool(Pool):
         """The number of the task's part.
 
         Raises:
-            ValueError: the task owns none.
+            ListenError: the task owns none.
         """
         known = list(self.own)
         if task not in known:
-            raise ValueError(f"pool.selection = 'task_static': no prompts were trained for task {task!r}, only for "
+            raise ListenError(f"pool.selection = 'task_static': no prompts were trained for task {task!r}, only for "
                              f"{', '.join(known)}; leave its clips out, or train with it")
         return known.index(task)
 

@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from listen_dist import dist
+from listen_dist.errors import ListenError
 from tests import tiny
 from tests.distributed.scenarios import Ranks, alone
 
@@ -48,5 +49,5 @@ def test_ranks_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "gather_objects", lambda _: ["b", "a", "b", "a", "b", "c"])
     assert dist.node_ranks(0) == [[0, 2, 4], [1, 3], [5]]
     assert dist.node_ranks(3) == [[0, 1, 2], [3, 4, 5]]
-    with pytest.raises(ValueError, match="parallel.node_size = 4: does not divide the 6 ranks"):
+    with pytest.raises(ListenError, match="parallel.node_size = 4: does not divide the 6 ranks"):
         dist.node_ranks(4)

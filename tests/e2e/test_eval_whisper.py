@@ -11,6 +11,7 @@ import pytest
 
 from listen_dist.data.decode import decode_audio
 from listen_dist.data.shard_writer import shard_name, write_index, write_shard
+from listen_dist.errors import ListenError
 from listen_dist.evaluation.predictions import Prediction, read_predictions, to_lines
 from listen_dist.structures import AudioSample, Record
 from tests import tiny
@@ -65,9 +66,9 @@ def test_it_transcribes_and_is_paired(words: list[str], tmp_path: Path, capsys: 
         **results["data_fingerprints"], "another": "set"}}))
     found = compare_runs.compare_runs(out, other, ["asr"])["asr"]["wer"]
     assert found["first"] == entry["metrics"]["wer"] < found["second"] and found["samples"] == 3
-    with pytest.raises(ValueError, match="bytes differ"):
+    with pytest.raises(ListenError, match="bytes differ"):
         compare_runs.compare_runs(out, other)
-    with pytest.raises(ValueError, match="no prediction of task 'language_id'"):
+    with pytest.raises(ListenError, match="no prediction of task 'language_id'"):
         compare_runs.compare_runs(out, other, ["language_id"])
 
 

@@ -23,6 +23,7 @@ from listen_dist.data.decode import AudioError
 from listen_dist.engine import checkpoint
 from listen_dist.engine.assembly import assemble
 from listen_dist.engine.checkpoint import CheckpointError
+from listen_dist.errors import ListenError
 from listen_dist.inference.listener import Ask
 from listen_dist.models.listen import Listen
 from listen_dist.schema import ConfigError
@@ -106,7 +107,7 @@ def test_a_stream_adds_up_and_can_be_left(listener: Listener) -> None:
     next(stream)
     stream.close()
     assert threading.active_count() == threads  # no generation goes on behind
-    with pytest.raises(ValueError, match="unknown task"):
+    with pytest.raises(ListenError, match="unknown task"):
         next(listener.stream(WAVES[0], task="asrr"))
 
 

@@ -17,6 +17,7 @@ from listen_dist.data.features import Fbank
 from listen_dist.data.manifest import write_manifest
 from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import Parts, assemble
+from listen_dist.errors import ListenError
 from listen_dist.models.beats import BeatsEncoder, implementation, load_audio_encoder
 from listen_dist.models.encoders import join_frames
 from listen_dist.models.projector import JoinedNorm, build_projector
@@ -133,7 +134,7 @@ def test_a_pickled_object_is_refused_and_not_executed(tmp_path: Path) -> None:
     torch.save(bad, tmp_path / "bad.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(bad))
     for name in ("bad.pt", "plain.pt"):
-        with pytest.raises(ValueError, match=rf"model\.audio_encoder = '.*{name}': not a BEATs checkpoint"):
+        with pytest.raises(ListenError, match=rf"model\.audio_encoder = '.*{name}': not a BEATs checkpoint"):
             load_audio_encoder(str(tmp_path / name), torch.float32)
     assert not trap.exists()
     pickle.loads((tmp_path / "plain.pt").read_bytes())
@@ -150,7 +151,7 @@ def test_what_is_no_checkpoint_is_named(checkpoint: Path, tmp_path: Path, conten
         file.write_bytes(checkpoint.read_bytes()[:5000])
     else:
         torch.save(content, file)
-    with pytest.raises(ValueError, match=r"^model\.audio_encoder = '.*some\.pt': not a BEATs checkpoint") as caught:
+    with pytest.raises(ListenError, match=r"^model\.audio_encoder = '.*some\.pt': not a BEATs checkpoint") as caught:
         load_audio_encoder(str(file), torch.float32)
     assert "\n" not in str(caught.value)
 
@@ -163,7 +164,7 @@ def test_sizes_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path, cfg: 
     content = torch.load(checkpoint, weights_only=True)
     content["cfg"] |= cfg
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ListenError, match=message):
         load_audio_encoder(str(tmp_path / "other.pt"), torch.float32)
 
 
@@ -243,7 +244,7 @@ def test_other_arithmetic_is_left_as_it_was(encoder: BeatsEncoder) -> None:
 
 def test_speechbrain_missing_is_said(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "speechbrain.lobes.models", None)
-    with pytest.raises(ValueError, match=r"pip install 'listen_dist\[audio\]'"):
+    with pytest.raises(ListenError, match=r"pip install 'listen_dist\[audio\]'"):
         load_audio_encoder(str(checkpoint), torch.float32)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from listen_dist.errors import ListenError
 from listen_dist.evaluation.predictions import Prediction, to_lines
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -53,19 +54,19 @@ def test_a_better_run_is_found_better(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_runs_over_other_samples_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: object,
                                              part: str) -> None:
     a, b = run(tmp_path / "a", clips(20)), run(tmp_path / "b", change(clips(20)))  # type: ignore[operator]
-    with pytest.raises(ValueError, match=part):
+    with pytest.raises(ListenError, match=part):
         compare_runs.compare_runs(a, b)
     assert compare_runs.main([str(a), str(b)]) == 2 and capsys.readouterr().err.startswith("error: ")
 
 
 def test_predictions_of_another_split_or_none_are_refused(tmp_path: Path) -> None:
     a = run(tmp_path / "a", clips(20))
-    with pytest.raises(ValueError, match="is of split 'test', .* of 'dev'"):
+    with pytest.raises(ListenError, match="is of split 'test', .* of 'dev'"):
         compare_runs.compare_runs(a, run(tmp_path / "b", clips(20), split="dev"))
-    with pytest.raises(ValueError, match="bytes differ"):
+    with pytest.raises(ListenError, match="bytes differ"):
         compare_runs.compare_runs(a, run(tmp_path / "c", clips(20), fingerprint="g"))
     with pytest.raises(FileNotFoundError, match="no predictions here"):
         compare_runs.compare_runs(a, tmp_path)
     (a / "predictions.jsonl").write_text('{"id": "x"}\n')
-    with pytest.raises(ValueError, match="predictions.jsonl:1: not a prediction"):
+    with pytest.raises(ListenError, match="predictions.jsonl:1: not a prediction"):
         compare_runs.compare_runs(a, a)

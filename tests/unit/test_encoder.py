@@ -13,6 +13,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 from listen_dist.data.decode import decode_audio
 from listen_dist.data.features import LogMel
 from listen_dist.data.manifest import read_manifest
+from listen_dist.errors import ListenError
 from listen_dist.models.encoders import SpeechEncoder, check_model_folder, load_speech_encoder
 from tests import tiny
 from tests.launching import ROOT
@@ -124,7 +125,7 @@ def test_frames_of_tells_the_number_of_frames(encoder: SpeechEncoder, log_mel: L
 
 
 def test_a_longer_clip_is_refused(encoder: SpeechEncoder) -> None:
-    with pytest.raises(ValueError, match=r"clip of 30\.1 s is longer than the speech encoder's window of 30 s"):
+    with pytest.raises(ListenError, match=r"clip of 30\.1 s is longer than the speech encoder's window of 30 s"):
         encoder.encode([torch.zeros(80, 3010)])
 
 

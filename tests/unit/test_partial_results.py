@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from listen_dist.errors import ListenError
 from listen_dist.evaluation.predictions import PartialFile, Prediction, clear, take_over
 
 HEADER = {"split": "test", "k": 4, "decoding": {"beams": 1}, "data": ("a", "b")}
@@ -39,9 +40,9 @@ def test_what_all_ranks_left_is_taken_over_once(tmp_path: Path) -> None:
 def test_another_evaluation_is_refused(tmp_path: Path) -> None:
     take_over(tmp_path, HEADER)
     before = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="an interrupted evaluation that differs in decoding, k; finish it with"):
+    with pytest.raises(ListenError, match="an interrupted evaluation that differs in decoding, k; finish it with"):
         take_over(tmp_path, {**HEADER, "k": 5, "decoding": {"beams": 4}})
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
     (tmp_path / "rank-0.jsonl").write_text(json.dumps({"set": "s", "id": "a"}) + "\n")
-    with pytest.raises(ValueError, match="not a prediction"):
+    with pytest.raises(ListenError, match="not a prediction"):
         take_over(tmp_path, HEADER)

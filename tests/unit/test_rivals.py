@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from listen_dist.data.schedule import SampleRef
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
+from listen_dist.errors import ListenError
 from listen_dist.model_sizes import count
 from listen_dist.models.llm import load_llm
 from listen_dist.models.rivals import build_pool
@@ -183,7 +184,7 @@ def test_a_pool_too_small_for_its_tasks_is_refused(tiny_world: tiny.Tiny) -> Non
 def test_a_set_with_an_unknown_task_is_refused_before_it_is_read(tiny_world: tiny.Tiny) -> None:
     parts = assemble(static(tiny_world, "pool.tasks=[asr,language_id]"), torch.device("cpu"))
     assert parts.reader(parts.config.data.train[:1], with_targets=False)
-    with pytest.raises(ValueError, match="no prompts were trained for task 'caption', only for asr, language_id"):
+    with pytest.raises(ListenError, match="no prompts were trained for task 'caption', only for asr, language_id"):
         parts.reader(parts.config.data.train, with_targets=False)
 
 

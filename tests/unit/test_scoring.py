@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from listen_dist.errors import ListenError
 from listen_dist.evaluation.predictions import Prediction
 from listen_dist.evaluation.results import table
 from listen_dist.evaluation.scoring import baseline_for, entry_for, score_task
@@ -68,9 +69,9 @@ def test_chinese_is_split_as_chinese() -> None:
 
 def test_a_missing_reference_is_refused() -> None:
     for answers in ((), ("",), ("a", " ")):
-        with pytest.raises(ValueError, match="sample 'asr-0' has no reference"):
+        with pytest.raises(ListenError, match="sample 'asr-0' has no reference"):
             score_task("asr", rows("asr", ["x"], [answers]))
-    with pytest.raises(ValueError, match="no prediction to score; is the split empty"):
+    with pytest.raises(ListenError, match="no prediction to score; is the split empty"):
         score_task("asr", [])
 
 

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from listen_dist.data.manifest import write_manifest
 from listen_dist.data.shards import ShardIndex
+from listen_dist.errors import ListenError
 from listen_dist.structures import Record
 from tests import launching
 
@@ -148,7 +149,7 @@ def wait_for(ready: Callable[[], bool], seconds: float = 240) -> None:
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     manifest, out = make_manifest(tmp_path / "audio", count=2), tmp_path / "out"
     (out / ".build").mkdir(parents=True)
-    with FileLock(out / ".build/lock"), pytest.raises(ValueError, match="out: another process is writing shards here"):
+    with FileLock(out / ".build/lock"), pytest.raises(ListenError, match="out: another process is writing shards here"):
         build({out: [manifest]}, OPTIONS, workers=1, overwrite=False)
     build({out: [manifest]}, OPTIONS, workers=1, overwrite=False)
 
@@ -181,12 +182,12 @@ def test_verify_compares_samples_with_their_sidecar(tmp_path: Path) -> None:
         column = {"seconds": table.seconds, "task": table.tasks}[key].copy()
         column[0] = value
         wrong = dataclasses.replace(table, **{"tasks" if key == "task" else key: column})
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ListenError, match=message):
             patch.setattr(type(index), "shard_table", lambda self, shard, wrong=wrong: wrong)
             verify_all(index, 5.0)
     twice = f"{{{tmp_path}/out,{tmp_path}/copy}}"
     shutil.copytree(tmp_path / "out", tmp_path / "copy")
-    with pytest.raises(ValueError, match=r"copy/shard-000000\.tar: id .* stands in .*out/shard-000000\.tar too"):
+    with pytest.raises(ListenError, match=r"copy/shard-000000\.tar: id .* stands in .*out/shard-000000\.tar too"):
         verify_all(ShardIndex.load(twice), 5.0)
 
 
@@ -209,7 +210,7 @@ def test_all_bad_is_an_error(tmp_path: Path) -> None:
     manifest = make_manifest(tmp_path / "audio")
     for path in (tmp_path / "audio").glob("*.wav"):
         path.write_bytes(b"x")
-    with pytest.raises(ValueError, match="not one of 13 samples could be used"):
+    with pytest.raises(ListenError, match="not one of 13 samples could be used"):
         build({tmp_path / "out": [manifest]}, OPTIONS, workers=1, overwrite=False)
 
 
@@ -218,7 +219,7 @@ def test_other_input_is_refused_unless_told(tmp_path: Path) -> None:
     build({out: [make_manifest(tmp_path / "a")]}, OPTIONS, workers=1, overwrite=False)
     before = tree(out)
     other = make_manifest(tmp_path / "b", count=3)
-    with pytest.raises(ValueError, match="holds shards of other manifests or options"):
+    with pytest.raises(ListenError, match="holds shards of other manifests or options"):
         build({out: [other]}, OPTIONS, workers=1, overwrite=False)
     assert tree(out) == before
     (index,) = build({out: [other]}, OPTIONS, workers=1, overwrite=True)

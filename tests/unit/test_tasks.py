@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from listen_dist.errors import ListenError
 from listen_dist.structures import Record
 from listen_dist.tasks import TASKS, Task, choices_for, get_task, instruction_for
 
@@ -36,9 +37,9 @@ def test_task_is_complete(task: Task) -> None:
 
 
 def test_unknown_task_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="unknown task 'captions': did you mean 'caption'"):
+    with pytest.raises(ListenError, match="unknown task 'captions': did you mean 'caption'"):
         get_task("captions")
-    with pytest.raises(ValueError, match="known: asr, "):
+    with pytest.raises(ListenError, match="known: asr, "):
         get_task("zzzzzz")
 
 
@@ -46,7 +47,7 @@ def test_instruction_is_the_records_own_first() -> None:
     assert instruction_for(record("asr")) == "Transcribe."
     assert instruction_for(record("asr", instruction="Write it down.")) == "Write it down."
     assert instruction_for(record("speech_qa", question="Is a number said?")) == "Is a number said?"
-    with pytest.raises(ValueError, match="record 'a': task 'speech_qa' needs `question`"):
+    with pytest.raises(ListenError, match="record 'a': task 'speech_qa' needs `question`"):
         instruction_for(record("speech_qa"))
 
 
@@ -64,5 +65,5 @@ def test_choices_come_from_the_record_or_the_task() -> None:
     ({"sad": 1}, "no list of two or more"),
 ])
 def test_unusable_choices_are_refused(choices: object, part: str) -> None:
-    with pytest.raises(ValueError, match=f"record 'a': .*{part}"):
+    with pytest.raises(ListenError, match=f"record 'a': .*{part}"):
         choices_for(Record("a", (), "emotion", "sad", meta={"choices": choices}))

@@ -10,6 +10,7 @@ from listen_dist.data.loader import BatchReader
 from listen_dist.data.mixture import SampleRef
 from listen_dist.engine import warm_start
 from listen_dist.engine.assembly import Parts, assemble
+from listen_dist.errors import ListenError
 from listen_dist.structures import Batch
 from tests import tiny
 
@@ -46,5 +47,5 @@ def test_it_is_the_least_squares_solution(tiny_world: tiny.Tiny, monkeypatch: py
 
 def test_without_a_clip_it_says_so(tiny_world: tiny.Tiny) -> None:
     parts = assemble(tiny_world.config("parallel.llm=replicated"), torch.device("cpu"))
-    with pytest.raises(ValueError, match="no usable clip"):
+    with pytest.raises(ListenError, match="no usable clip"):
         warm_start.fit_last_layer(parts.model, [])

@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from listen_dist.data.decode import JOIN_SILENCE_SECONDS, probe_seconds
 from listen_dist.data.manifest import write_manifest
+from listen_dist.errors import ListenError
 from listen_dist.structures import Record
 
 _CHUNK = 64
 """Files a thread reads the headers of before it reports."""
 
 
-class PrepareError(RuntimeError):
+class PrepareError(ListenError):
     """Data could not be prepared; the first line of the message says what to do."""
 
 
@@ -32,7 +33,7 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a recipe; a known error ends it with its message alone, no traceback."""
     try:
         main()
-    except (PrepareError, ValueError, OSError) as error:
+    except (ListenError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

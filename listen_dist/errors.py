@@ -1,0 +1,11 @@
+"""The base of all errors that a user can mend."""
+
+from __future__ import annotations
+
+
+class ListenError(Exception):
+    """A mistake in a command, a config, a file or the surroundings; its text names the place and the cure.
+
+    Programs print it as one line and exit with 2. Every other exception, a ValueError included, is a fault of
+    ours: it keeps its traceback.
+    """
