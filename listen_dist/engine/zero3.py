@@ -43,6 +43,19 @@ def _frozen_linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return FrozenLinear.apply(x, module.weight, module.bias)
 
 
+def _release_recomputed_weights() -> None:
+    """Let a weight that was gathered to recompute a layer go with its own module, as any other.
+
+    DeepSpeed 0.19 books the frozen ones to the outermost module of the backward pass, to be released after that
+    one's. For an LLM called with `inputs_embeds` as a keyword that moment never comes, and with `model.checkpointing`
+    nearly all of the LLM would stay gathered from the first backward pass on. Other versions book nothing.
+    """
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+
+    if hasattr(coordinator, "update_recompute_parameters"):
+        coordinator.update_recompute_parameters = lambda _module, _parameter: None
+
+
 class Zero3:
     """Every weight of the LLM in equal parts over the ranks of a group.
 
@@ -78,6 +91,7 @@ class Zero3:
             # Else a C++ communication op is compiled at the first launch (25 s, needs ninja and g++).
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+        _release_recomputed_weights()
         llm = build()
         for piece in pieces(llm, self._dtype, device):
             for p in piece.parameters():

@@ -79,6 +79,9 @@ class Listen(nn.Module):
         """Losses of one micro-batch with k prompts a row (targets must be present)."""
         matched, rows = self.assemble(batch, k)
         embeds, mask = _pad_left(rows)
+        if torch.is_grad_enabled() and not embeds.requires_grad:
+            # LoRA alone learns. Recomputation, and ZeRO-3's release of a weight, go by the gradient of a layer's input.
+            embeds.requires_grad_()
         longest = max(map(len, batch.target_ids))
         labels = torch.full((len(rows), longest), IGNORED)
         for i, ids in enumerate(batch.target_ids):
