@@ -1,4 +1,4 @@
-"""A sharded LLM far larger than the limit is let go of after every step, recomputed or not, with adapters or without."""
+"""A sharded LLM far larger than the limit is let go of after every step, with recomputation, adapters or neither."""
 
 from __future__ import annotations
 
