@@ -329,7 +329,7 @@ def test_covost_record_by_record(covost: Path, tmp_path: Path, capsys: pytest.Ca
         (edit(TABLE, "mp3\t", "mp3\t\t"), "{}/" + TABLE + ":2: not 4 fields"),
         (
             lambda folder: (folder / TABLE).write_bytes("路径\tx\n".encode("gb18030")) and None,
-            "{}/" + TABLE + ":1: 'utf-8' codec can't decode",
+            "{}/" + TABLE + ":1: not UTF-8",
         ),
     ],
 )

@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from recipe import PrepareError, check_apart, recipe_parser, require, run_main, write_splits
+from recipe import PrepareError, check_apart, recipe_parser, require, run_main, text_lines, write_splits
 
 from listen_dist.structures import Record
 
@@ -88,14 +88,13 @@ def read_turns(path: Path) -> Iterator[tuple[str, str, str]]:
     Raises:
         PrepareError: a line that begins with a time is no turn of this dialog.
     """
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if line.startswith("["):
-                found = _TURN.fullmatch(line)
-                if not found or found[2] != path.stem:
-                    expected = f"[start - end] {path.stem}_… label [v, a, d], between tabs"
-                    raise PrepareError(f"{path}:{number}: expected {expected}; found {line.strip()[:80]!r}")
-                yield found[1], found[3], found[4]
+    for number, line in text_lines(path, errors="replace"):  # annotators' comments may be in any encoding
+        if line.startswith("["):
+            found = _TURN.fullmatch(line)
+            if not found or found[2] != path.stem:
+                expected = f"[start - end] {path.stem}_… label [v, a, d], between tabs"
+                raise PrepareError(f"{path}:{number}: expected {expected}; found {line.strip()[:80]!r}")
+            yield found[1], found[3], found[4]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from recipe import PrepareError, check_apart, recipe_parser, require, run_main, write_splits
+from recipe import PrepareError, check_apart, recipe_parser, require, run_main, text_lines, write_splits
 from tqdm import tqdm
 
 from listen_dist.structures import Record
@@ -81,12 +81,11 @@ def read_transcripts(path: Path) -> Iterator[tuple[str, str]]:
         PrepareError: a line is not an utterance of this chapter and its text.
     """
     chapter = path.name.removesuffix(".trans.txt")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            utterance, _, text = line.strip().partition(" ")
-            if not utterance.startswith(f"{chapter}-") or not text.strip():
-                raise PrepareError(f"{path}:{number}: expected '{chapter}-<number> TEXT', found {line.strip()[:80]!r}")
-            yield utterance, text.strip()
+    for number, line in text_lines(path):
+        utterance, _, text = line.strip().partition(" ")
+        if not utterance.startswith(f"{chapter}-") or not text.strip():
+            raise PrepareError(f"{path}:{number}: expected '{chapter}-<number> TEXT', found {line.strip()[:80]!r}")
+        yield utterance, text.strip()
 
 
 def utterance_path(folder: Path, subset: str, utterance: str) -> Path:

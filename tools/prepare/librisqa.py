@@ -26,7 +26,17 @@ from typing import Any
 
 from librispeech import cure as speech_cure
 from librispeech import utterance_path
-from recipe import PrepareError, check_apart, held_out, recipe_parser, report, require, run_main, write_splits
+from recipe import (
+    PrepareError,
+    check_apart,
+    held_out,
+    one_line,
+    recipe_parser,
+    report,
+    require,
+    run_main,
+    write_splits,
+)
 
 from listen_dist.structures import Record
 
@@ -130,11 +140,13 @@ def _entries(path: Path, keys: Sequence[str]) -> list[tuple[str, dict[str, Any]]
         raise PrepareError(f"{path}: not JSON ({error}); download it again") from None
     if not isinstance(entries, list):
         raise PrepareError(f"{path}: expected a JSON list, found {type(entries).__name__}; download it again")
+    found = []
     for number, entry in enumerate(entries, 1):
         wrong = [key for key in keys if not isinstance(entry, dict) or not isinstance(entry.get(key), str)]
         if wrong:
             raise PrepareError(f"{path}: entry {number} has no text under {wrong[0]!r}; download it again")
-    return [(f"{path}: entry {number}", entry) for number, entry in enumerate(entries, 1)]
+        found.append((f"{path}: entry {number}", entry | {key: one_line(entry[key]) for key in keys}))
+    return found
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def readings(folder: Path) -> list[Record]:
     """
     records = []
     for kind, transcription in READINGS.items():
-        for line in (folder / transcription).read_text(encoding="utf-8").splitlines():
+        for line in (folder / transcription).read_text(encoding="utf-8").strip().split("\n"):
             found = re.fullmatch(r"<s> (.+?) *</s> \((\S+)\)", line.strip())
             if not found:
                 raise PrepareError(f"{folder / transcription}: no transcription: {line!r}")

@@ -23,6 +23,8 @@ from listen_dist.structures import Record
 
 _CHUNK = 64
 """Files a thread reads the headers of before it reports."""
+_LINE_ENDS = re.compile("[\v\f\x1c-\x1e\x85\u2028\u2029]")
+_OPEN_QUOTE = "a quote opens a field here that does not end on its line"
 
 
 class PrepareError(ListenError):
@@ -67,26 +69,63 @@ def require(path: Path, cure: str) -> Path:
     return path
 
 
-def read_table(path: Path, columns: Sequence[str], **dialect: Any) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (`file:line`, row) of a csv file with a header; `dialect` goes to the csv module.
+def text_lines(path: Path, errors: str = "strict") -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line without its end) of a UTF-8 file.
+
+    A line ends at a line feed, CRLF too. A byte order mark is dropped. What other programs take for a line's end
+    (U+2028, a vertical tab …) becomes a space, so that no text of a manifest breaks them.
 
     Raises:
-        PrepareError: a column is missing, a line has more or fewer fields than the header, or it is no csv file.
+        PrepareError: `file:line` that is not UTF-8, or holds NUL or a lone carriage return.
     """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, **dialect)
-        try:
-            names = reader.fieldnames or ()
-            absent = [name for name in columns if name not in names]
-            if absent:
-                raise PrepareError(f"{path}:1: no column {absent[0]!r}; found {', '.join(names)}")
-            for row in reader:
-                place = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():  # too many fields, too few
-                    raise PrepareError(f"{place}: not {len(names)} fields; is the file cut short?")
-                yield place, row
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise PrepareError(f"{path}:{reader.line_num + 1}: {error}; download it again") from None
+    with path.open("rb") as file:
+        for number, content in enumerate(file, 1):
+            try:
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8", errors)
+            except UnicodeDecodeError as error:
+                raise PrepareError(f"{path}:{number}: not UTF-8 ({error.reason}); download it again") from None
+            line = line.removesuffix("\n").removesuffix("\r")
+            if "\0" in line or "\r" in line:
+                found = "NUL bytes" if "\0" in line else "a carriage return"
+                raise PrepareError(f"{path}:{number}: {found} within a line; is the file damaged? download it again")
+            yield number, one_line(line)
+
+
+def one_line(text: str) -> str:
+    """Return `text` with a space for every character besides a line feed that some programs end a line at."""
+    return _LINE_ENDS.sub(" ", text)
+
+
+def read_table(path: Path, columns: Sequence[str], **dialect: Any) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (`file:line` where it begins, row) of a csv file with a header; `dialect` goes to the csv module.
+
+    Raises:
+        PrepareError: a column is missing, a line has more or fewer fields than the header, a quote is not closed on
+            its line (the rows up to the next quote would be one text), or it is no csv file.
+    """
+    reader = csv.reader((f"{line}\n" for _, line in text_lines(path)), strict=True, **dialect)
+    names: list[str] = []
+    start = 1
+    try:
+        for row in reader:
+            place, start = f"{path}:{start}", reader.line_num + 1
+            if any("\n" in field for field in row):
+                raise PrepareError(f"{place}: {_OPEN_QUOTE}")
+            if not names:
+                names = row
+                absent = [name for name in columns if name not in names]
+                if absent:
+                    raise PrepareError(f"{place}: no column {absent[0]!r}; found {', '.join(names)}")
+            elif row:
+                if len(row) != len(names):
+                    raise PrepareError(f"{place}: not {len(names)} fields but {len(row)}; is the file cut short?")
+                yield place, dict(zip(names, row, strict=True))
+    except csv.Error as error:
+        is_open = reader.line_num > start or "unexpected end" in str(error)
+        cause = _OPEN_QUOTE if is_open else error
+        raise PrepareError(f"{path}:{start}: {cause}; mend the line, or download it again") from None
+    if not names:
+        raise PrepareError(f"{path}: empty; download it again")
 
 
 def record_name(prefix: str, name: str) -> str:

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from phone_rules import digest, drawn
-from recipe import PrepareError, check_apart, held_out, recipe_parser, require, run_main, write_splits
+from recipe import PrepareError, check_apart, held_out, recipe_parser, require, run_main, text_lines, write_splits
 from tqdm import tqdm
 
 from listen_dist.structures import Record
@@ -75,18 +75,17 @@ def read_trials(path: Path) -> Iterator[Pair]:
     Raises:
         PrepareError: `file:line` of a line that is no trial, or of one whose speakers are there to be trained on.
     """
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            found = _TRIAL.fullmatch(line.strip())
-            if not found or (found[1] == "1") != (found[3] == found[5]):
-                expected = "'1 clip clip' (same speaker) or '0 clip clip'"
-                raise PrepareError(f"{path}:{number}: expected {expected}, found {line.strip()[:80]!r}")
-            if not {found[3], found[5]} <= TEST_SPEAKERS:
-                raise PrepareError(
-                    f"{path}:{number}: a training speaker in the trials; use veri_test2.txt or veri_test.txt"
-                    " (the lists E and H test on speakers that are trained on here)"
-                )
-            yield found[2], found[4], "yes" if found[1] == "1" else "no"
+    for number, line in text_lines(path):
+        found = _TRIAL.fullmatch(line.strip())
+        if not found or (found[1] == "1") != (found[3] == found[5]):
+            expected = "'1 clip clip' (same speaker) or '0 clip clip'"
+            raise PrepareError(f"{path}:{number}: expected {expected}, found {line.strip()[:80]!r}")
+        if not {found[3], found[5]} <= TEST_SPEAKERS:
+            raise PrepareError(
+                f"{path}:{number}: a training speaker in the trials; use veri_test2.txt or veri_test.txt"
+                " (the lists E and H test on speakers that are trained on here)"
+            )
+        yield found[2], found[4], "yes" if found[1] == "1" else "no"
 
 
 def find_clips(wav: Path) -> dict[str, list[str]]:
