@@ -47,7 +47,7 @@ def setup(log_file: Path | None = None) -> None:
 def append_lines(file: Path, lines: Sequence[str]) -> None:
     """Add lines to a file; a full disk costs the lines, not the run."""
     try:
-        with file.open("a") as out:
+        with file.open("a", encoding="utf-8") as out:
             out.write("\n".join(lines) + "\n")
     except OSError as error:
         logging.getLogger(__name__).warning("%d lines could not be added to %s: %s", len(lines), file, error)

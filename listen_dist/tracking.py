@@ -147,7 +147,7 @@ def _find_or_create_run(client: Any, experiment: str, run_name: str, params: dic
 
     if id_file.is_file():
         try:
-            run_id = client.get_run(id_file.read_text().strip()).info.run_id
+            run_id = client.get_run(id_file.read_text(encoding="utf-8").strip()).info.run_id
             client.set_terminated(run_id, "RUNNING")
             return str(run_id)
         except MlflowException:
@@ -158,7 +158,7 @@ def _find_or_create_run(client: Any, experiment: str, run_name: str, params: dic
     experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifact_location=files)
     run_id = client.create_run(experiment_id, run_name=run_name).info.run_id
     client.log_batch(run_id, params=[Param(key, value[:500]) for key, value in params.items()])
-    id_file.write_text(run_id)
+    id_file.write_text(run_id, encoding="utf-8")
     return str(run_id)
 
 

@@ -146,7 +146,7 @@ def set_up(config: Config, device: torch.device, stop: StopRequest, resume_from:
     replicated.prove_equal(state.step)
     trackers = tracking.Trackers()
     if dist.is_main():
-        (Path(config.run_dir) / "config.yaml").write_text(configuration.to_yaml(config))
+        (Path(config.run_dir) / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
         flat = {key: str(value) for part, tree in asdict(config).items() if isinstance(tree, dict)
                 for key, value in ((f"{part}.{name}", v) for name, v in tree.items())}
         trackers = tracking.build_trackers(config, flat)

@@ -94,10 +94,11 @@ def interrupt(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
 def wait(process: subprocess.Popen[bytes], log: Path, seconds: float) -> Finished:
     """Wait for the end; past the limit everything is killed and the test fails with the output."""
     try:
-        return Finished(process.wait(seconds), log.read_text(errors="replace"))
+        return Finished(process.wait(seconds), log.read_text(encoding="utf-8", errors="replace"))
     except subprocess.TimeoutExpired:
         kill_tree(process)
-        raise AssertionError(f"no end within {seconds:.0f} s:\n{log.read_text(errors='replace')[-6000:]}") from None
+        said = log.read_text(encoding="utf-8", errors="replace")
+        raise AssertionError(f"no end within {seconds:.0f} s:\n{said[-6000:]}") from None
 
 
 def run(words: Sequence[str | Path], seconds: float = 400) -> Finished:

@@ -321,7 +321,7 @@ def measure_memory(stages: Stages, batches: int, workers: int) -> list[dict[str,
 
 
 def machine() -> str:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
              if line.startswith("model name")] if Path("/proc/cpuinfo").is_file() else []
     return (f"{names[0] if names else platform.processor()}, {len(names)} cores; Python {platform.python_version()}, "
             f"torch {torch.__version__}, webdataset {webdataset.__version__}; {time.strftime('%Y-%m-%d')}")

@@ -206,7 +206,7 @@ def work(config: Config, steps: int, out: Path) -> None:
         del one
         gc.collect()
     if dist.is_main():
-        out.write_text(json.dumps(rows))
+        out.write_text(json.dumps(rows), encoding="utf-8")
     dist.shutdown()
 
 
@@ -233,7 +233,7 @@ def launch(options: argparse.Namespace, ranks: int) -> list[dict[str, Any]]:
         done = subprocess.run(words, env={**os.environ, **variables}, stdout=sys.stderr, check=False)
         if done.returncode or not out.exists():
             raise ConfigError(f"{ranks} ranks ended with {done.returncode}; what they said stands above")
-        return json.loads(out.read_text())
+        return json.loads(out.read_text(encoding="utf-8"))
 
 
 def note(text: str) -> None:

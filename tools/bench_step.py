@@ -186,7 +186,7 @@ def prepared(config: Config, random: bool, small: bool) -> Config:
 
 
 def machine(device: torch.device) -> str:
-    cpus = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+    cpus = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
             if line.startswith("model name")] if Path("/proc/cpuinfo").is_file() else []
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpus[0] if cpus else platform.processor()}"
     return (f"{name}, {len(cpus)} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; torch "

@@ -82,7 +82,7 @@ def check_same_split(a: Path, b: Path, some: bool) -> None:
     pinned = []
     for path in map(file_of, (a, b)):
         results = path.with_name(path.name.replace("predictions", "results", 1)).with_suffix(".json")
-        tree = json.loads(results.read_text()) if results.is_file() else {}
+        tree = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
         pinned.append((tree.get("split"), set(tree.get("data_fingerprints", {}).values())))
     (split_a, data_a), (split_b, data_b) = pinned
     if split_a and split_b and split_a != split_b:

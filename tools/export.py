@@ -56,14 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = configuration.load(source / "config.yaml", arguments.overrides)
         moved = {key: getattr(arguments, key) or getattr(config.model, key) for key in exports.FROZEN}
         config = replace(config, model=replace(config.model, **moved))
-        results = json.loads(arguments.results.read_text()) if arguments.results else None
+        results = json.loads(arguments.results.read_text(encoding="utf-8")) if arguments.results else None
         encoders = {"speech_encoder": load_speech_encoder(config.model.speech_encoder, torch.float32).fingerprint}
         if config.model.audio_encoder:
             encoders["audio_encoder"] = load_audio_encoder(config.model.audio_encoder, torch.float32).fingerprint
         # results.json goes with predictions.jsonl, results.dev.json with predictions.dev.jsonl
         predictions = arguments.results and arguments.results.with_name(
             f"{arguments.results.name.replace('results', 'predictions', 1)}l")
-        notes = arguments.notes.read_text() if arguments.notes else ""
+        notes = arguments.notes.read_text(encoding="utf-8") if arguments.notes else ""
         usage = usage_by_task(config.pool, read_predictions(predictions)) if predictions and predictions.is_file() \
             else None
         print(exports.write(source, arguments.out, encoders, config, results, arguments.half, usage, notes))

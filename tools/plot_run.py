@@ -39,7 +39,7 @@ def read_curves(run: Path, by: str = "step") -> tuple[Curves, Curves]:
     losses: Curves = {}
     scores: Curves = {}
     at = 0.0
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             entry = json.loads(line)
             int(entry["step"])

@@ -81,7 +81,7 @@ def is_done(job: Job, results: Path) -> bool:
                               f"{', '.join(sorted(differing)[:5])}); move {job.folder} away, or choose another --out")
     if not results.is_file():
         return False
-    return bool(json.loads(results.read_text())["step"] >= job.config().train.max_steps)
+    return bool(json.loads(results.read_text(encoding="utf-8"))["step"] >= job.config().train.max_steps)
 
 
 def launch(script: str, words: Sequence[str], ranks: int) -> None:
@@ -117,7 +117,8 @@ def run_job(job: Job, ks: Sequence[int], ranks: int) -> None:
 def learned_parameters(job: Job) -> int:
     """Parameters of the newest checkpoint that learned."""
     folder = job.folder / "checkpoints"
-    with safe_open(folder / (folder / "latest").read_text().strip() / "trainables.safetensors", "pt") as file:
+    newest = (folder / "latest").read_text(encoding="utf-8").strip()
+    with safe_open(folder / newest / "trainables.safetensors", "pt") as file:
         names = [name for name in file.keys()  # not a dict
                  if not (job.config().projector.freeze and name.startswith("projector."))]
         return sum(int(file.get_tensor(name).numel()) for name in names)
@@ -125,7 +126,7 @@ def learned_parameters(job: Job) -> int:
 
 def clips_per_second(job: Job) -> float:
     """The median of what the run reported (the first report holds the start-up)."""
-    lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     speeds = [line["clips_per_second"] for line in lines if "clips_per_second" in line]
     return statistics.median(speeds[1:] or speeds)
 
@@ -163,7 +164,7 @@ def collect(variants: Sequence[Variant], jobs: Sequence[Job]) -> dict[str, Any]:
         mine = [job for job in jobs if job.file == variant.file and variant.results(job.folder).is_file()]
         if not mine:
             continue
-        results = [json.loads(variant.results(job.folder).read_text()) for job in mine]
+        results = [json.loads(variant.results(job.folder).read_text(encoding="utf-8")) for job in mine]
         tasks = {}
         for task in results[0]["tasks"]:
             entries = [result["tasks"][task] for result in results]
@@ -240,8 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "comparison.json").write_text(json.dumps(table, indent=1) + "\n")
-    (arguments.out / "comparison.md").write_text(markdown(table))
+    (arguments.out / "comparison.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    (arguments.out / "comparison.md").write_text(markdown(table), encoding="utf-8")
     print(json.dumps(table, indent=1) if arguments.json else markdown(table))
     return 0
 

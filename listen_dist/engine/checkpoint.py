@@ -146,7 +146,7 @@ def _drop_old(folder: Path, step: int, keep: int) -> None:
 
 def _latest(folder: Path) -> str:
     try:
-        return (folder / "latest").read_text().strip()
+        return (folder / "latest").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return ""
 
@@ -155,7 +155,7 @@ def _best_steps(folder: Path) -> set[int]:
     """Steps that best.json names, whose checkpoints are kept."""
     file = folder / "best.json"
     try:
-        best = json.loads(file.read_text())["best"] if file.is_file() else {}
+        best = json.loads(file.read_text(encoding="utf-8"))["best"] if file.is_file() else {}
     except (OSError, ValueError, KeyError):  # damaged: then only the newest ones are kept
         best = {}
     return {entry["step"] for entry in best.values()}
@@ -215,7 +215,7 @@ def read_state(path: Path) -> TrainState:
     """The state of one checkpoint, its files checked against their hashes."""
     file = path / "state.json"
     try:
-        tree = json.loads(file.read_text())
+        tree = json.loads(file.read_text(encoding="utf-8"))
         hashes = tree.pop("sha256")
         tree.pop("format_version")
         state = TrainState(**{**tree, "loader": LoaderState(**tree["loader"])})

@@ -73,7 +73,7 @@ def resolve(path: Path) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     file = path / "export.json"
     try:
-        tree = json.loads(file.read_text())
+        tree = json.loads(file.read_text(encoding="utf-8"))
         if set(tree["sha256"]) == set(FILES) and tree["format_version"] == 1:
             return {**tree, "frozen": {key: Frozen(**value) for key, value in tree["frozen"].items()}}
         reason = "not of the format that this version reads"
@@ -251,9 +251,11 @@ def licence(path: str) -> str:
     """What a model's SOURCE.json or model card calls its licence."""
     folder = _folder(path)
     if (folder / "SOURCE.json").is_file():
-        return str(json.loads((folder / "SOURCE.json").read_text()).get("source", {}).get("licence", "not stated"))
+        tree = json.loads((folder / "SOURCE.json").read_text(encoding="utf-8"))
+        return str(tree.get("source", {}).get("licence", "not stated"))
     card = folder / "README.md"
-    stated = re.search(r"^licen[sc]e: *(\S.*)$", card.read_text(errors="replace"), re.M) if card.is_file() else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    stated = re.search(r"^licen[sc]e: *(\S.*)$", text, re.M)
     return stated[1].strip() if stated else "not stated"
 
 

@@ -169,7 +169,7 @@ class Watchdog:
 
     def _write_stacks(self, still: float) -> None:
         try:
-            with self._file.open("a") as file:
+            with self._file.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._who}: no progress for {still:.0f} s after "
                            f"step {self._step}\n")
                 file.flush()

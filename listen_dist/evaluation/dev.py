@@ -77,7 +77,7 @@ class DevHistory:
     def __init__(self, folder: Path, step: int) -> None:
         self._folder = folder
         self._file = folder / "best.json"
-        tree = json.loads(self._file.read_text()) if self._file.is_file() else {"history": []}
+        tree = json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {"history": []}
         self.history: list[dict[str, Any]] = [row for row in tree["history"] if row["step"] <= step]
 
     def add(self, step: int, scores: Mapping[str, Score]) -> tuple[bool, list[str]]:

@@ -83,8 +83,8 @@ def read_run(folder: Path) -> Evaluated:
             raise ReportError(f"{file}: not found; {cure}")
     config = replace(configuration.load(files["config.yaml"]), run_dir=str(folder))  # it may have been moved
     try:
-        results = json.loads(files["results.json"].read_text())
-        predictions = [json.loads(line) for line in files["predictions.jsonl"].read_text().splitlines()]
+        results = json.loads(files["results.json"].read_text(encoding="utf-8"))
+        predictions = [json.loads(line) for line in files["predictions.jsonl"].read_text(encoding="utf-8").splitlines()]
         counts = {task: entry["samples"] for task, entry in results["tasks"].items()}
         found = dict(Counter(row["task"] for row in predictions))
     except (ValueError, KeyError, TypeError) as error:
@@ -209,7 +209,7 @@ def training_log(run: Evaluated) -> Path:
 def training_curves(file: Path) -> dict[str, Any]:
     """Steps; effective number and unused share of the prompts at each, of all clips and each task (None: not seen)."""
     lines: dict[int, dict[str, float]] = {}
-    for text in file.read_text().splitlines() if file.is_file() else ():
+    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
             line = json.loads(text)
         except ValueError:  # cut short by a kill
@@ -315,8 +315,9 @@ def write(run: Evaluated, data: dict[str, Any]) -> Path:
     page = render(data, pictures)
     for name, png in pictures.items():
         (run.out / f"{name}.png").write_bytes(png)
-    (run.out / "report.json").write_text(json.dumps(without_audio(data), indent=1, ensure_ascii=False) + "\n")
-    (run.out / "report.html").write_text(page)
+    text = json.dumps(without_audio(data), indent=1, ensure_ascii=False) + "\n"
+    (run.out / "report.json").write_text(text, encoding="utf-8")
+    (run.out / "report.html").write_text(page, encoding="utf-8")
     if run.folder.resolve() == Path(run.config.run_dir).resolve():
         tracking.log_files(run.config, run.folder, sorted(run.out.iterdir()))
     return run.out / "report.html"
@@ -342,7 +343,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint.load_trainables(path, parts.model.trainable)
         parts.model.eval()
         page = make(run, parts, arguments.clips, arguments.queries)
-        print(f"{json.loads(page.with_suffix('.json').read_text())['verdict']['words']}\n{page}")
+        written = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+        print(f"{written['verdict']['words']}\n{page}")
         return 0
     except (ListenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

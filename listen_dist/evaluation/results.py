@@ -75,7 +75,7 @@ def code_commit() -> str:
     """The git commit of the code, `+` behind it when files differ; empty outside a checkout."""
     here = Path(__file__).resolve().parent
     out = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"], cwd=here,
-                         capture_output=True, text=True, check=False)
+                         capture_output=True, encoding="utf-8", check=False)
     return out.stdout.strip()
 
 

@@ -35,7 +35,7 @@ def known_usage(checkpoint: Path, pool: PoolConfig) -> dict[str, list[float]]:
         return exports.read_usage(checkpoint)
     run = checkpoint.parent.parent
     try:
-        of = json.loads((run / "results.json").read_text()).get("checkpoint_sha256")
+        of = json.loads((run / "results.json").read_text(encoding="utf-8")).get("checkpoint_sha256")
         if of == hashlib.sha256((checkpoint / "trainables.safetensors").read_bytes()).hexdigest():
             return usage_by_task(pool, read_predictions(run / "predictions.jsonl"))
     except (ListenError, OSError, ValueError, AttributeError):

@@ -27,7 +27,7 @@ from listen_dist.schema import Config
 
 def anonymous() -> int:
     """Bytes of this process's own memory; mapped files, which ranks share, are not in it."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])  # type: ignore[index]
 
 

@@ -39,7 +39,7 @@ def in_use(device: torch.device) -> int:
     """Bytes of this process: RssAnon on a CPU, what tensors hold on a GPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 

@@ -181,7 +181,7 @@ def test_a_stuck_rank_is_named_and_a_second_signal_leaves_at_once(tiny_world: ti
 def wait_for(condition: Callable[[], bool], log: Path) -> None:
     deadline = time.monotonic() + LIMIT
     while not condition():
-        assert time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
+        assert time.monotonic() < deadline, log.read_text(encoding="utf-8", errors="replace")[-3000:]
         time.sleep(0.05)
 
 

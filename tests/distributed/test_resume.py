@@ -43,9 +43,9 @@ def run_until(command: list[Any], folder: Path, log: Path, step: int) -> None:
         for _ in range(6000):
             if (folder / "metrics.jsonl").is_file() and max(read_metrics(folder), default=0) >= step:
                 return
-            assert process.poll() is None, log.read_text()[-6000:]
+            assert process.poll() is None, log.read_text(encoding="utf-8")[-6000:]
             time.sleep(0.05)
-        raise AssertionError(f"step {step} was not reached:\n{log.read_text()[-6000:]}")
+        raise AssertionError(f"step {step} was not reached:\n{log.read_text(encoding='utf-8')[-6000:]}")
     finally:
         launching.kill_tree(process)
 
@@ -82,7 +82,7 @@ def test_the_unbroken_run_is_whole(trained: TrainedRun) -> None:
 
 def lasting(state: Path) -> dict[str, Any]:
     """A checkpoint's state without what depends on the clock and on the folder's name."""
-    tree: dict[str, Any] = json.loads(state.read_text())
+    tree: dict[str, Any] = json.loads(state.read_text(encoding="utf-8"))
     del tree["meter"], tree["sha256"]["config.yaml"]
     return tree
 

@@ -32,7 +32,7 @@ WARM_UP, COUNTED = 2, 3
 def sent(interface: str) -> int:
     """Bytes that left through an interface so far, counted when all ranks are here."""
     dist.barrier()
-    return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
+    return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text(encoding="utf-8"))
 
 
 def run(config: Config, interface: str) -> dict[str, object]:

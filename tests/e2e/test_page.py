@@ -62,14 +62,14 @@ def served(run: Path, log: Path) -> Iterator[str]:
     program = launching.start(words, log, {"TMPDIR": str(log.parent), "PYTHONPATH": str(launching.ROOT)})
     try:
         for _ in range(2400):
-            found = re.search(r"at (http://127\.0\.0\.1:\d+) ", log.read_text())
+            found = re.search(r"at (http://127\.0\.0\.1:\d+) ", log.read_text(encoding="utf-8"))
             if found or program.poll() is not None:
                 break
             time.sleep(0.1)
-        assert found, log.read_text()
+        assert found, log.read_text(encoding="utf-8")
         yield found[1]
         program.send_signal(signal.SIGTERM)  # Ctrl-C goes the same way
-        assert launching.wait(program, log, 60).code == 0, log.read_text()
+        assert launching.wait(program, log, 60).code == 0, log.read_text(encoding="utf-8")
         assert not list(log.parent.glob("listen_dist-*")), "uploads are left behind"
     finally:
         launching.kill_tree(program)

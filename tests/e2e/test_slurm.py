@@ -42,7 +42,8 @@ def until(cluster: Cluster, job: str, log: Path, condition: Callable[[], bool]) 
         if "BeginTime" in cluster.call("squeue", "-h", "-j", job, "-o", "%r"):
             cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
         ranks = "\n".join(path.read_text()[-1500:] for path in log.parent.rglob("rank-*.log"))
-        assert time.monotonic() < deadline, f"{log.read_text() if log.exists() else ''}\n{ranks}\n{cluster.logs()}"
+        script = log.read_text(encoding="utf-8") if log.exists() else ""
+        assert time.monotonic() < deadline, f"{script}\n{ranks}\n{cluster.logs()}"
         time.sleep(0.2)
 
 

@@ -47,10 +47,10 @@ def test_the_later_name_is_tried_and_what_is_there_is_not_asked_for(
     library = tmp_path / "out/libtcmalloc_minimal.so.4"
     assert library.is_file() and not library.is_symlink()
     assert capsys.readouterr().out.endswith(f"{library}\n")
-    before = asked.read_text().splitlines()
+    before = asked.read_text(encoding="utf-8").splitlines()
     assert before == ["libtcmalloc-minimal4", "update", "libtcmalloc-minimal4", RENAMED]
     allocator.main()
-    assert asked.read_text().splitlines() == before
+    assert asked.read_text(encoding="utf-8").splitlines() == before
 
 
 def test_no_such_package_names_the_last(asked: Path, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def _apt(arguments: list[str], work: Path) -> subprocess.CompletedProcess[str]:
     options = ["-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3"]
     command = ["apt-get", "-q", *options, *arguments]
     return subprocess.run(
-        command, cwd=work, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        command, cwd=work, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", check=False
     )
 
 
@@ -129,7 +129,7 @@ def _write_file(folder: Path, name: str, content: bytes) -> int:
 def _is_complete(folder: Path, package: str) -> bool:
     """Tell whether all files that the package's stamp lists are there in their full size."""
     try:
-        files = json.loads((folder / f"licenses/.{package}.json").read_text())
+        files = json.loads((folder / f"licenses/.{package}.json").read_text(encoding="utf-8"))
         return all((folder / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError):
         return False
@@ -139,10 +139,10 @@ def _write_licenses(folder: Path) -> None:
     """List every package's licences, short, and where its full copyright file lies."""
     lines = ["What lies here comes from these Debian packages. Full texts: licenses/<package>.txt", ""]
     for path in sorted((folder / "licenses").glob("*.txt")):
-        text = path.read_text(errors="replace")
+        text = path.read_text(errors="replace", encoding="utf-8")
         names = re.findall(
             r"(?:^\s*License: *|/common-licenses/)((?:CC|L?GPL|MIT)[\w.+-]*)", text, re.MULTILINE
         )
         shown = ", ".join(sorted(set(names))) or "see the full text"
         lines.append(f"{path.stem}: {shown}")
-    (folder / "LICENSES.txt").write_text("\n".join(lines) + "\n")
+    (folder / "LICENSES.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -387,9 +387,9 @@ def run_flite(clip: Clip, folder: Path, path: Path) -> None:
             env={**os.environ, "LD_LIBRARY_PATH": str(folder)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
             check=True,
             timeout=SPEAK_TIMEOUT,
+            encoding="utf-8",
         )
     except OSError as error:
         raise PrepareError(f"flite does not start: {error}; delete {folder} and run again") from None

@@ -81,7 +81,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
         else:
             try:
-                Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+                Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew
             except OSError:
                 pass  # then it is the process's peak so far
 
@@ -95,7 +95,7 @@ def in_use(device: torch.device) -> int:
 
 
 def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
