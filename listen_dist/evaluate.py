@@ -12,8 +12,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# A launched script's own folder comes first on sys.path and would shadow other packages' modules.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+# A launched script's own folder comes first on sys.path and would shadow other packages' modules. The folder above
+# it stands there instead: a script of this checkout runs its code, wherever else the package is installed.
+sys.path[:] = [str(Path(__file__).resolve().parents[1]),
+               *(entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent)]
 
 import argparse
 

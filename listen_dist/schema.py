@@ -89,6 +89,10 @@ class PoolConfig:
     """Largest k drawn in training; default the same as `top_k`."""
     stochastic_k: bool = True
     """Draw k uniformly from 1 … `train_k_max` for each step; otherwise always `train_k_max`."""
+    query: Literal["raw", "centred"] = "raw"
+    """What keys are matched against. `raw`: the mean over the wrapped input, as in the paper. `centred`: that
+    without what all inputs have in common, by running statistics of the training queries, and without a gradient
+    to the projector; the choice then varies with the clip (see `models.prompt_pool.CentredPool`)."""
     match_weight: float = 1.0
     """λ, the weight of the match loss."""
     backend: Literal["auto", "triton", "reference"] = "auto"

@@ -150,6 +150,8 @@ class ModelOutput:
     """int64 [B, k], best first where clips choose (`similarity`), else in the pool's order."""
     prompt_scores: torch.Tensor
     """float32 [B, k], softmax over the pool at the selected prompts."""
+    observed: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    """Sums for the pool's running statistics, float32; empty where it keeps none (see `Pool.observe`)."""
 
     @property
     def token_loss_sum(self) -> torch.Tensor:

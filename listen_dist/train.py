@@ -10,8 +10,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# A launched script's own folder comes first on sys.path and would shadow other packages' modules.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+# A launched script's own folder comes first on sys.path and would shadow other packages' modules. The folder above
+# it stands there instead: a script of this checkout runs its code, wherever else the package is installed.
+sys.path[:] = [str(Path(__file__).resolve().parents[1]),
+               *(entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent)]
 
 import argparse
 
@@ -47,7 +49,7 @@ from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
 from listen_dist.engine.checkpoint import TrainState
 from listen_dist.engine.health import report_links
-from listen_dist.engine.meter import Meter
+from listen_dist.engine.meter import COLLAPSED, Meter, share_in_use
 from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.engine.run_lock import RunLock
@@ -86,6 +88,8 @@ class Run:
     started: float
     last_step: int
     """Where training ends: `train.max_steps`, or earlier where `train.max_minutes` would be over."""
+    narrow: bool = False
+    """The pool had narrowed at the last report."""
 
     @property
     def folder(self) -> Path:
@@ -134,7 +138,7 @@ def set_up(config: Config, device: torch.device, stop: StopRequest, resume_from:
            start_up: StartUp) -> Run:
     parts = assemble(config, device)
     start_up.lap("models")
-    replicated = ReplicatedTrainables(parts.model.trainable)
+    replicated = ReplicatedTrainables(parts.model.trainable, parts.model.pool.observed)
     optimizer = build_optimizer(parts.model.trainable, config.train)
     if resume_from is not None:
         checkpoint.load_trainables(resume_from, parts.model.trainable)
@@ -297,10 +301,26 @@ def report(run: Run, meter: Meter, mixture: Mixture, rate: float, grad_norm: flo
     if config.train.max_minutes:
         keep_to_time(run, metrics["elapsed_seconds"])
     logger.info(progress_line(run, metrics))
+    warn_of_collapse(run, metrics["effective_prompts"])
     bad, read = meter.skipped, run.state.loader.samples
     if read >= 100 and bad > config.data.max_bad_fraction * read:
         raise ShardError(f"{bad} of {read} samples could not be used (data.max_bad_fraction = "
                          f"{config.data.max_bad_fraction}); they are named in {skipped_file(run)}")
+
+
+def warn_of_collapse(run: Run, effective: float) -> None:
+    """Say when the pool has come to give nearly every clip the same prompts, and when it has recovered."""
+    pool, step = run.config.pool, run.state.step
+    if pool.selection != "similarity" or step <= run.config.train.warmup_steps:
+        return
+    narrow = share_in_use(effective, pool.k_max, pool.prompts) < COLLAPSED
+    if narrow and not run.narrow:
+        logger.warning("step %d: the pool narrows: %.1f of %d prompts are effectively in use since the last report "
+                       "(%d stand in front of a clip). If that stays so, the choice carries no information: try "
+                       "pool.query=centred or a smaller pool.match_weight", step, effective, pool.prompts, pool.k_max)
+    elif run.narrow and not narrow:
+        logger.info("step %d: the pool is broad again: %.1f of %d prompts in use", step, effective, pool.prompts)
+    run.narrow = narrow
 
 
 def keep_to_time(run: Run, elapsed: float) -> None:

@@ -65,6 +65,9 @@ def embed_context(llm: PreTrainedModel, weights: Mapping[str, Tensor], clip: Cli
 def choose(weights: Mapping[str, Tensor], context: Tensor, k: int) -> tuple[Tensor, list[int]]:
     """Scores [N] of all prompts, and the best k of them."""
     query = context.mean(0)
+    if "pool.query_mean" in weights:  # pool.query = centred
+        var = weights["pool.query_var"]
+        query = (query.detach() - weights["pool.query_mean"]) / (var + 1e-5 * var.mean()).sqrt()
     similarity = functional.cosine_similarity(query[None], weights["pool.keys"])
     scores = similarity.softmax(0)
     return scores, scores.topk(k).indices.tolist()

@@ -158,7 +158,7 @@ class World:
         with mock.patch.object(sharding, "Zero3", Zero3 if layout.fetch_ahead else NothingAhead):
             parts = assemble(config, torch.device("cpu"))
         reader = parts.reader(config.data.train, with_targets=True)
-        return cls(layout, parts, ReplicatedTrainables(parts.model.trainable),
+        return cls(layout, parts, ReplicatedTrainables(parts.model.trainable, parts.model.pool.observed),
                    build_optimizer(parts.model.trainable, config.train), find_filler(reader))
 
     def step(self, batches: Sequence[Batch], number: int) -> None:

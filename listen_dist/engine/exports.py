@@ -33,6 +33,8 @@ from listen_dist.engine.checkpoint import CheckpointError
 from listen_dist.models.listen import Listen
 from listen_dist.schema import Config, ConfigError
 
+STATISTICS = "pool.query_"
+"""Buffers beside the learned parameters begin so."""
 FILES = ("trainables.safetensors", "config.yaml", "README.md")
 FROZEN = {
     "llm": "prompts and projector live in the embedding space of the LLM that they were trained with and mean nothing "
@@ -170,7 +172,9 @@ def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, 
     saved = configuration.load(source / "config.yaml")
     frozen = {key: Frozen(_short(getattr(saved.model, key)), value, licence(getattr(config.model, key)))
               for key, value in {"llm": llm_fingerprint(config.model.llm), **encoders}.items()}
-    tensors = {key: value.half() if half else value for key, value in load_file(trainables).items()}
+    # Variances of queries are too small for float16.
+    tensors = {key: value.half() if half and not key.startswith(STATISTICS) else value
+               for key, value in load_file(trainables).items()}
     step = checkpoint.read_state(source).step
     # Nobody else has this machine's folders.
     shared = replace(saved, run_dir=".", eval=config.eval, model=replace(saved.model, init_from=None),
@@ -199,7 +203,8 @@ def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, 
 def model_card(config: Config, step: int, tensors: Mapping[str, torch.Tensor], frozen: Mapping[str, Frozen],
                results: Mapping[str, Any] | None) -> str:
     """What the export is, needs and reaches, as Markdown."""
-    sizes = {part: sum(value.numel() for key, value in tensors.items() if key.startswith(f"{part}."))
+    sizes = {part: sum(value.numel() for key, value in tensors.items()
+                       if key.startswith(f"{part}.") and not key.startswith(STATISTICS))
              for part in ("pool", "projector", "lora")}
     learned = ", ".join(f"{part} {size:,}" for part, size in sizes.items() if size)
     lines = [

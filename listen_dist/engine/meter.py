@@ -148,6 +148,15 @@ class Meter:
         return metrics
 
 
+COLLAPSED = 0.2
+"""Share of a pool's room for choice (see `share_in_use`) under which it has collapsed."""
+
+
+def share_in_use(effective: float, k: int, prompts: int) -> float:
+    """How much of its room for choice a pool uses: effective prompts beyond k, of the N − k there could be; 0 … 1."""
+    return 1.0 if prompts <= k else max(0.0, effective - k) / (prompts - k)
+
+
 def effective_number(usage: np.ndarray | Sequence[float]) -> float:
     """exp(entropy) of a usage histogram [N]: how many prompts are in use, 1 … N; 0 where none is."""
     counts = np.asarray(usage, dtype=float)

@@ -19,17 +19,17 @@ class ReplicatedTrainables:
     """One flat gradient buffer for all learned parameters, reduced once a step.
 
     Every `p.grad` is a view into `grads`, so that accumulation, the one all-reduce and
-    clipping need no copy. Two numbers ride along behind the gradients: the loss, and how
-    many ranks were asked to stop.
+    clipping need no copy. Behind the gradients ride along the loss, how many ranks were asked
+    to stop, and `observed` sums for running statistics among the module's buffers.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, observed: int = 0) -> None:
         self.module = module
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if any(p.dtype != torch.float32 for p in self.parameters):
             raise ValueError("trainables must be float32")
         size = sum(p.numel() for p in self.parameters)
-        self._buffer = torch.zeros(size + 2, device=self.parameters[0].device)
+        self._buffer = torch.zeros(size + 2 + observed, device=self.parameters[0].device)
         self.grads, self._riders = self._buffer[:size], self._buffer[size:]
         self.zero_grads()
 
@@ -41,19 +41,23 @@ class ReplicatedTrainables:
             p.grad = self.grads[offset : offset + p.numel()].view_as(p)
             offset += p.numel()
 
-    def reduce(self, loss: torch.Tensor, stop: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def reduce(self, loss: torch.Tensor, stop: bool, observed: torch.Tensor | None = None,
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sum the gradients over ranks: one flat fp32 all-reduce, once per optimizer step.
 
         Args:
             loss: this rank's share of the loss, a scalar.
             stop: this rank was asked to stop.
+            observed: this rank's share of the sums, [observed].
 
         Returns:
-            the loss of the global batch, and the number of ranks that were asked to stop; scalars.
+            the loss of the global batch and the number of ranks that were asked to stop, scalars; the sums of all.
         """
         self._riders[0], self._riders[1] = loss, float(stop)
-        loss_sum, votes = dist.sum_(self._buffer)[-2:].unbind()
-        return loss_sum, votes
+        if observed is not None:
+            self._riders[2:] = observed
+        dist.sum_(self._buffer)
+        return self._riders[0], self._riders[1], self._riders[2:]
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients to a global norm of at most `max_norm` (0: leave them).
@@ -67,10 +71,10 @@ class ReplicatedTrainables:
         return norm
 
     def checksum(self) -> str:
-        """sha256 over the bytes of all learned parameters."""
+        """sha256 over the bytes of all learned parameters and of the buffers beside them."""
         digest = hashlib.sha256()
-        for p in self.parameters:
-            digest.update(p.detach().cpu().numpy().tobytes())
+        for tensor in (*self.parameters, *self.module.buffers()):
+            digest.update(tensor.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def prove_equal(self, step: int) -> None:

@@ -63,6 +63,7 @@ def train_step(model: Listen, replicated: ReplicatedTrainables, optimizer: torch
     weights = [torch.tensor(list(map(weight, batch.tasks)), device=model.device) for batch in heard]
     outputs = []
     total = torch.zeros((), device=model.device)
+    observed = torch.zeros(model.pool.observed, device=model.device)
     for batch, used, row_weights in zip(batches, heard, weights, strict=True):
         counted = len(batch) > 0
         out = model(used, k)
@@ -71,10 +72,12 @@ def train_step(model: Listen, replicated: ReplicatedTrainables, optimizer: torch
         if counted:
             outputs.append((batch, out))
             total += loss.detach()
-    loss_sum, votes = replicated.reduce(total, stop)
+            observed += out.observed
+    loss_sum, votes, observed = replicated.reduce(total, stop, observed)
     norm = replicated.clip(config.train.clip_norm)
     # The one wait of a step. All ranks decide alike, because they hold the same sums.
     applied, stopping = torch.stack([torch.isfinite(norm) & torch.isfinite(loss_sum), votes > 0]).tolist()
     if applied:
         optimizer.step()
+        model.pool.update(observed)
     return StepResult(outputs, norm, applied, stopping, k, rate)

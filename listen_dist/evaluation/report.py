@@ -185,6 +185,7 @@ def gather(run: Evaluated, parts: Parts, queries: Mapping[tuple[str, str], np.nd
     names, overlap = prompts.jaccard(table, tasks)
     everything = prompts.usage_summary(table)
     k = pool.prompt_tokens(int(run.results["k"]))
+    recognised = {} if choices.weighted else prompts.recognised(table, tasks)
     state, words = prompts.verdict(config.selection, k, everything, overlap)
     keys = key_table(pool) if queries else None
     return {
@@ -192,11 +193,25 @@ def gather(run: Evaluated, parts: Parts, queries: Mapping[tuple[str, str], np.nd
         "step": run.results["step"], "split": run.split, "selection": config.selection, "prompts": len(values), "k": k,
         "weighted": choices.weighted, "verdict": {"state": state, "words": words}, "all": everything,
         "tasks": {name: prompts.usage_summary(table[[task == name for task in tasks]]) for name in names},
+        "scores": scores(run.results), "recognised": recognised,
+        "recognised_mean": sum(recognised.values()) / len(recognised) if recognised else None,
+        "most_frequent_set": None if choices.weighted else prompts.most_frequent_set(table),
         "overlap": {"tasks": names, "jaccard": [[None if np.isnan(x) else float(x) for x in row] for row in overlap]},
         "training": training_curves(training_log(run)),
         "map": None if keys is None else key_map(keys, queries),
         "vocabulary": vocabulary(parts, values, embeddings),
     }
+
+
+def scores(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each task's main metric with its interval and trivial baseline; None where it was not computed."""
+    found = []
+    for task, entry in results["tasks"].items():
+        metric = entry["metric"]
+        low, high = entry["intervals"].get(metric) or (None, None)
+        found.append({"task": task, "metric": metric, "better": entry["better"], "value": entry["metrics"].get(metric),
+                      "low": low, "high": high, "baseline": entry["baseline"].get(metric)})
+    return found
 
 
 def training_log(run: Evaluated) -> Path:

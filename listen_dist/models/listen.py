@@ -95,7 +95,7 @@ class Listen(nn.Module):
             row_loss=row_loss, match_loss_sum=-matched.row_mass.sum(),
             target_tokens=batch.target_tokens, rows=len(batch), input_tokens=sum(map(len, rows)),
             padded_tokens=mask.numel(), prompt_indices=matched.indices,
-            prompt_scores=matched.scores.detach())
+            prompt_scores=matched.scores.detach(), observed=self.pool.observe(matched))
 
     def assemble(self, batch: Batch, k: int) -> tuple[TopkMatch, list[torch.Tensor]]:
         """Select prompts and lay out the LLM's input.
@@ -111,9 +111,9 @@ class Listen(nn.Module):
         return matched, [torch.cat([prompts[i], bos, contexts[i], targets[i]]) for i in range(len(batch))]
 
     def queries(self, batch: Batch) -> torch.Tensor:
-        """What prompts are matched against: each row's mean over its context, float32 [B, D]."""
+        """What prompts are matched against, from each row's mean over its context, float32 [B, D]."""
         padded, mask = _pad_right(self._parts(batch)[1])
-        return masked_mean(padded.float(), mask)
+        return self.pool.prepare(masked_mean(padded.float(), mask))
 
     def _parts(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """BOS, and each row's context (text before, audio, text after) and target, as embeddings."""

@@ -14,7 +14,7 @@ from torch import nn
 from listen_dist.errors import ListenError
 from listen_dist.kernels.topk_match.op import TopkMatch
 from listen_dist.kernels.topk_match.reference import masked_mean
-from listen_dist.models.prompt_pool import Pool, PromptPool, initial_keys, initial_values
+from listen_dist.models.prompt_pool import CentredPool, Pool, PromptPool, initial_keys, initial_values
 from listen_dist.schema import PoolConfig
 
 
@@ -138,4 +138,4 @@ def build_pool(config: PoolConfig, embedding_mean: torch.Tensor) -> Pool:
             return FixedPrompts(config, embedding_mean)
         case "none":
             return NoPrompts()
-    return PromptPool(config, embedding_mean)
+    return (CentredPool if config.query == "centred" else PromptPool)(config, embedding_mean)

@@ -53,6 +53,10 @@ def trainables(parts: Parts) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in parts.model.trainable.named_parameters()}
 
 
+def statistics(parts: Parts) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in parts.model.trainable.named_buffers()}
+
+
 def bytes_resident(parts: Parts) -> int:
     """Bytes of LLM weights, sharded or gathered, that modules hold on this rank."""
     weights = (p.to_local() if isinstance(p, DTensor) else p.data for p in parts.model.llm.parameters())
@@ -88,12 +92,12 @@ def generic_module_can_be_defined() -> bool:
 
 def run(config: Config, out: Path) -> None:
     parts = assemble(config, torch.device("cpu"))
-    replicated = ReplicatedTrainables(parts.model.trainable)
+    replicated = ReplicatedTrainables(parts.model.trainable, parts.model.pool.observed)
     optimizer = build_optimizer(parts.model.trainable, config.train)
     reader = parts.reader(config.data.train, with_targets=True)
     exact = config.model.dtype == "float32"  # else rounding, which depends on the batch, would decide
     probed = probe(parts, reader) if exact else {}
-    before = trainables(parts)
+    before, statistics_before = trainables(parts), statistics(parts)
     per_step = config.train.batches_per_step
     steps = training_steps(reader, parts.mixture(reader), parts.token_cost(config.pool.k_max), config.data,
                            config.train.seed, per_step, dist.rank(), dist.world_size(), LoaderState())
@@ -114,6 +118,8 @@ def run(config: Config, out: Path) -> None:
     save_file(before, out / f"before-{dist.rank()}.safetensors")
     save_file(grads, out / f"grads-{dist.rank()}.safetensors")
     save_file(trainables(parts), out / f"after-{dist.rank()}.safetensors")
+    save_file(statistics_before, out / f"statistics-before-{dist.rank()}.safetensors")
+    save_file(statistics(parts), out / f"statistics-after-{dist.rank()}.safetensors")
     (out / f"notes-{dist.rank()}.json").write_text(json.dumps({
         "steps": notes, "probed": probed, "decoded": decoded, "probed_again": probe(parts, reader) if exact else {},
         "checksum": replicated.checksum(),

@@ -88,7 +88,7 @@ def take_steps(config: Config, before: int) -> tuple[dict[str, Any], dict[str, t
     """Steps on one batch of 24 clips; peaks above `before` bytes and gradients, with recomputation and without."""
     device = torch.device(config.device)
     parts = assemble(config, device)
-    replicated = ReplicatedTrainables(parts.model.trainable)
+    replicated = ReplicatedTrainables(parts.model.trainable, parts.model.pool.observed)
     optimizer = build_optimizer(parts.model.trainable, config.train)
     reader = parts.reader(config.data.train, with_targets=True)
     batch = reader[[SampleRef(0, number // 5, number % 5) for number in range(24)]]

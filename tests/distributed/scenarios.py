@@ -33,16 +33,18 @@ class Ranks:
     world: int
     micro_batches: int
     dtype: str = "float32"
+    query: str = "raw"
 
     def __str__(self) -> str:
-        return f"{self.layout}, {self.world} ranks, {self.micro_batches} micro-batches, {self.dtype}"
+        centred = ", centred" * (self.query == "centred")
+        return f"{self.layout}, {self.world} ranks, {self.micro_batches} micro-batches, {self.dtype}{centred}"
 
     @property
     def words(self) -> str:
         """What the worker is told."""
         weights = ",".join(f"train.task_weights.{task}={weight}" for task, weight in TASK_WEIGHTS.items())
         return (f"{self.folder.name}:train.clip_norm=0,train.batches_per_step={self.micro_batches},{weights},"
-                f"model.dtype={self.dtype},parallel.node_size={NODE_SIZE[self.world]},{LAYOUTS[self.layout]}")
+                f"model.dtype={self.dtype},pool.query={self.query},parallel.node_size={NODE_SIZE[self.world]},{LAYOUTS[self.layout]}")
 
     @property
     def copies(self) -> int:
@@ -56,6 +58,10 @@ class Ranks:
 
     def tensors(self, kind: str) -> list[dict[str, Tensor]]:
         return [load_file(self.folder / f"{kind}-{rank}.safetensors") for rank in range(self.world)]
+
+    def weights(self, when: str) -> dict[str, Tensor]:
+        """Learned parameters and the statistics beside them, "before" or "after" the steps, of rank 0."""
+        return self.tensors(when)[0] | self.tensors(f"statistics-{when}")[0]
 
     def loss(self, step: int) -> float:
         """Mean over all target tokens of a step's global batch."""
@@ -76,6 +82,8 @@ def scenarios(folder: Path) -> list[Ranks]:
             found += [Ranks(folder / f"{world}-{layout}-{n}", layout, world, n) for n in table.get(layout, (usual,))]
             found.append(Ranks(folder / f"{world}-{layout}-{usual}-bfloat16", layout, world, usual, "bfloat16"))
     found.append(Ranks(folder / "1-full-6-bfloat16", "full", 1, 6, "bfloat16"))
+    found += [Ranks(folder / f"{world}-{layout}-3-centred", layout, world, 3, query="centred")
+              for world, layout in ((1, "full"), (2, "full"), (2, "fsdp2 full"))]
     return found
 
 
@@ -85,9 +93,9 @@ each = pytest.mark.parametrize("case", EXACT, ids=EXACT.values())
 
 
 def alone(found: list[Ranks], one: Ranks) -> Ranks:
-    """One rank on the same global batches, in the same dtype."""
+    """One rank on the same global batches, in the same dtype and with the same kind of query."""
     return next(other for other in found if (other.world, other.layout) == (1, "full")
-                and (other.micro_batches, other.dtype) == (one.micro_batches, one.dtype))
+                and (other.micro_batches, other.dtype, other.query) == (one.micro_batches, one.dtype, one.query))
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

@@ -26,7 +26,7 @@ def test_losses_and_gradients_equal_one_plain_process(ranks: list[Ranks], clips:
     k = step[0]["k"]
     assert {one["k"] for one in step} == {k}
     weights = {name: value.requires_grad_() for name, value in found.tensors("before")[0].items()}
-    outcomes = reference(weights, batch, k, found.dtype)
+    outcomes = reference(found.weights("before") | weights, batch, k, found.dtype)
     plain.total_loss(outcomes, batch, tiny_world.config().pool.match_weight).backward()
     errors = {}
     for grads in found.tensors("grads"):
@@ -87,6 +87,16 @@ def test_replicas_stay_the_same_bits_over_three_steps(ranks: list[Ranks]) -> Non
                 assert relative(after[0][key] - before[0][key], value - before[0][key]) < 1e-3, (str(found), key)
 
 
+def test_statistics_of_queries_are_the_same_on_all_ranks_and_layouts(ranks: list[Ranks]) -> None:
+    for found in (one for one in ranks if one.query == "centred"):
+        after = found.tensors("statistics-after")
+        assert all(torch.equal(value, after[0][key]) for other in after for key, value in other.items())
+        one = alone(ranks, found).tensors("statistics-after")[0]
+        assert set(one) == {"pool.query_mean", "pool.query_var", "pool.query_steps"} and one["pool.query_steps"] == 3
+        assert all(relative(after[0][key], value) < 1e-4 for key, value in one.items()), str(found)
+    assert not any(one.tensors("statistics-after")[0] for one in ranks if one.query == "raw")
+
+
 def test_layouts_differ_by_rounding_alone(ranks: list[Ranks]) -> None:
     for found in (one for one in ranks if one.dtype == "float32"):
         theirs = alone(ranks, found).tensors("grads")[0]
@@ -97,7 +107,7 @@ def test_layouts_differ_by_rounding_alone(ranks: list[Ranks]) -> None:
 def test_a_clip_is_the_same_on_any_rank(ranks: list[Ranks], clips: dict[str, plain.Clip],
                                         reference: Reference) -> None:
     for found in (one for one in ranks if one.dtype == "float32"):
-        weights = {"probed": found.tensors("before")[0], "probed_again": found.tensors("after")[0]}
+        weights = {"probed": found.weights("before"), "probed_again": found.weights("after")}
         with torch.no_grad():
             truth = {(when, name): reference(weights[when], [clips[name]], PROBE_K, found.dtype)[0]
                      for when in weights for name in found.notes()[0]["probed"]}

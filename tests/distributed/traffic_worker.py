@@ -39,7 +39,7 @@ def run(config: Config, interface: str) -> dict[str, object]:
     start = sent(interface)
     parts = assemble(config, torch.device("cpu"))
     loaded = sent(interface)
-    replicated = ReplicatedTrainables(parts.model.trainable)
+    replicated = ReplicatedTrainables(parts.model.trainable, parts.model.pool.observed)
     optimizer = build_optimizer(parts.model.trainable, config.train)
     reader = parts.reader(config.data.train, with_targets=True)
     steps = training_steps(reader, parts.mixture(reader), parts.token_cost(config.pool.k_max),

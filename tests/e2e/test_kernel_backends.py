@@ -23,7 +23,7 @@ def curve(world: tiny.Tiny, backend: str, device: str) -> tuple[list[float], lis
     """Losses of the first steps, and all prompts picked in each."""
     config = world.config(f"pool.backend={backend}", "parallel.llm=replicated")
     parts = assemble(config, torch.device(device))
-    replicated = ReplicatedTrainables(parts.model.trainable)
+    replicated = ReplicatedTrainables(parts.model.trainable, parts.model.pool.observed)
     optimizer = build_optimizer(parts.model.trainable, config.train)
     reader = parts.reader(config.data.train, with_targets=True)
     steps = training_steps(reader, parts.mixture(reader), parts.token_cost(config.pool.k_max),

@@ -78,7 +78,7 @@ def one_step(config: Config) -> float:
     """One optimizer step on this process alone; returns its gradient norm."""
     parts = assemble(config, torch.device("cpu"))
     reader = parts.reader(config.data.train, with_targets=True)
-    replicated = ReplicatedTrainables(parts.model.trainable)
+    replicated = ReplicatedTrainables(parts.model.trainable, parts.model.pool.observed)
     optimizer = build_optimizer(parts.model.trainable, config.train)
     steps = training_steps(reader, parts.mixture(reader), parts.token_cost(config.pool.k_max), config.data,
                            config.train.seed, 1, 0, 1, LoaderState())

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
+from sklearn.neighbors import NearestCentroid
 
 from listen_dist.evaluation import prompts
 from listen_dist.evaluation.figures import labels_of
@@ -86,16 +87,42 @@ HALVES = ["asr"] * 20 + ["caption"] * 20
 
 @pytest.mark.parametrize("state, sets", [
     ("collapsed", [(0, 1)] * 40),
-    ("narrow", [(0, 1)] * 20 + [(2, 3)] * 20),
-    ("alike", [(0, n) for n in range(1, 10)] * 2 + [(0, 1)] * 2 + [(0, n) for n in range(1, 10)] * 2 + [(0, 1)] * 2),
+    # Three of four prompts in front of every clip, one of two behind them, half of the pool never picked.
+    ("collapsed", [(0, 1, 2, 3 + n % 2) for n in range(40)]),
+    # One prompt in front of every clip, however much the others vary.
+    ("narrow", [(0, n % 9 + 1, (n + 1) % 9 + 1) for n in range(40)]),
+    ("narrow", [(0, 1, 2)] * 20 + [(3, 4, 5)] * 20),
+    ("alike", [tuple((n + place) % 10 for place in range(8)) for n in range(20)] * 2),
     ("varied", [(n % 5, (n + 1) % 5) for n in range(20)] + [(5 + n % 5, 5 + (n + 1) % 5) for n in range(20)]),
 ])
-def test_the_verdict_names_the_state(monkeypatch: pytest.MonkeyPatch, state: str, sets: list[tuple[int, ...]]) -> None:
-    if state == "alike":
-        monkeypatch.setattr(prompts, "ALIKE", 0.3)
-    found, words = prompts.verdict("similarity", 2, *pool_where(sets, HALVES))
-    assert found == state
+def test_the_verdict_names_the_state(state: str, sets: list[tuple[int, ...]]) -> None:
+    found, words = prompts.verdict("similarity", len(sets[0]), *pool_where(sets, HALVES))
+    assert found == state, words
     assert ("collapsed" in words) == (state == "collapsed")
+
+
+def test_tasks_are_recognised_by_the_nearest_centroid() -> None:
+    """Against scikit-learn's classifier, leaving one out; sets that tell nothing recognise nothing."""
+    random = np.random.default_rng(2)
+    tasks = ["asr"] * 12 + ["caption"] * 9 + ["qa"] * 7
+    table = np.zeros((len(tasks), 10))
+    for row, task in zip(table, tasks, strict=True):
+        weights = np.roll(np.linspace(1, 9, 10), {"asr": 0, "caption": 3, "qa": 6}[task])
+        row[random.choice(10, 4, replace=False, p=weights / weights.sum())] = 1
+    found = prompts.recognised(table, tasks)
+    labels = np.array(tasks)
+    fits = (NearestCentroid().fit(np.delete(table, i, 0), np.delete(labels, i)) for i in range(len(tasks)))
+    right = [fit.predict(table[i : i + 1])[0] == labels[i] for i, fit in enumerate(fits)]
+    for task, share in found.items():
+        assert share == pytest.approx(np.mean(np.array(right)[labels == task]), abs=0.15)  # ties count as wrong here
+    assert set(prompts.recognised(np.ones((8, 4)), ["a", "b"] * 4).values()) == {0.0}
+    apart = np.repeat(np.eye(2), 4, axis=0)
+    assert prompts.recognised(apart, ["a"] * 4 + ["b"] * 4) == {"a": 1.0, "b": 1.0}
+    assert prompts.recognised(apart, ["a"] * 8) == {} and prompts.recognised(apart[:3], ["a", "a", "b"]) == {}
+
+
+def test_the_most_frequent_set() -> None:
+    assert prompts.most_frequent_set(choices().membership()) == pytest.approx(2 / 6)
 
 
 def test_keys_in_one_place_share_a_label() -> None:
@@ -107,5 +134,5 @@ def test_the_verdict_counts() -> None:
     summary, overlap = pool_where([(0, 1)] * 40, HALVES)
     assert prompts.verdict("similarity", 2, summary, overlap)[1].startswith(
         "The pool has collapsed: nearly every clip gets the same 2 prompts. 2.0 of 10 prompts are effectively in use "
-        "at k = 2; 2 are in front of every clip, 8 were never picked.")
+        "at k = 2; 2 are in front of more than 90 % of the clips, 8 were never picked.")
     assert prompts.verdict("fixed", 10, summary, overlap)[0] == "not chosen"

@@ -95,7 +95,7 @@ class Bench:
         self._mixture: Mixture = parts.mixture(reader)
         self._cost = parts.training_cost(reader)
         self._optimizer = build_optimizer(self.model.trainable, self.config.train)
-        self._replicated = ReplicatedTrainables(self.model.trainable)
+        self._replicated = ReplicatedTrainables(self.model.trainable, self.model.pool.observed)
         self._filler = reader[self._mixture.window(0, 1)]
         self._layers = CompiledLayers(self.model.llm)
         self.model.train()
