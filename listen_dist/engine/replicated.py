@@ -26,8 +26,8 @@ class ReplicatedTrainables:
     def __init__(self, module: nn.Module, observed: int = 0) -> None:
         self.module = module
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        if any(p.dtype != torch.float32 for p in self.parameters):
-            raise ValueError("trainables must be float32")
+        if any(torch.finfo(p.dtype).bits < 32 for p in self.parameters):
+            raise ValueError("trainables must be float32 (or float64)")
         size = sum(p.numel() for p in self.parameters)
         self._buffer = torch.zeros(size + 2 + observed, device=self.parameters[0].device)
         self.grads, self._riders = self._buffer[:size], self._buffer[size:]
