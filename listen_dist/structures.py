@@ -18,14 +18,12 @@ Dimension letters used in docstrings and trailing comments everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
-
-T = TypeVar("T")
 
 SAMPLE_RATE = 16_000
 """Hz. All audio in shards and in the model is mono at this rate."""
@@ -82,6 +80,9 @@ class Batch:
     `audio` holds either log-mel spectrograms [B, 80 or 128, M] (M mel frames, 100 a
     second) or, when `is_features`, stored encoder frames [B, F, E]. `fbank` is the audio
     encoder's input beside a log-mel: Kaldi filterbanks [B, M, 128] (100 frames a second).
+
+    Every list but `skipped` and every tensor holds a row a clip: `select` and `pin_memory` go by that
+    and so can't forget a field.
     """
 
     ids: list[str]
@@ -92,10 +93,12 @@ class Batch:
     after_ids: list[list[int]]  # instruction tokens, a row each (unpadded)
     target_ids: list[list[int]]  # target and EOS, a row each; empty lists at inference
     answers: list[tuple[str, ...]]
+    languages: list[str]
+    """What the record says; empty where it says nothing."""
     seconds: list[float]
-    choices: list[tuple[str, ...]] = field(default_factory=list)
-    """The closed set of answers of each row, empty where there is none; no rows in training."""
-    choice_ids: list[list[list[int]]] = field(default_factory=list)
+    choices: list[tuple[str, ...]]
+    """The closed set of answers of each row, empty where there is none, as in training."""
+    choice_ids: list[list[list[int]]]
     """Its tokens, EOS included: a row, a choice, a token."""
     skipped: list[SkippedSample] = field(default_factory=list)
     fbank: torch.Tensor | None = None
@@ -106,21 +109,28 @@ class Batch:
         """Number of tokens the loss covers (target and EOS)."""
         return sum(len(row) for row in self.target_ids)
 
-    def pin_memory(self) -> Batch:
-        """The same batch with page-locked tensors; torch's DataLoader calls it."""
-        return replace(self, audio=self.audio.pin_memory(), audio_lengths=self.audio_lengths.pin_memory())
-
     def __len__(self) -> int:
         return len(self.ids)
 
+    def pin_memory(self) -> Batch:
+        """The same batch with page-locked tensors; torch's DataLoader calls it."""
+        return self._each(torch.Tensor.pin_memory, list)
+
     def select(self, rows: Sequence[int]) -> Batch:
         """Some of the rows, without what was skipped."""
-        def of(column: list[T]) -> list[T]:
-            return [column[row] for row in rows]
+        return replace(self._each(lambda tensor: tensor[rows], lambda column: [column[row] for row in rows]),
+                       skipped=[])
 
-        return Batch(of(self.ids), of(self.tasks), self.audio[rows], self.audio_lengths[rows], self.is_features,
-                     of(self.after_ids), of(self.target_ids), of(self.answers), of(self.seconds), of(self.choices),
-                     of(self.choice_ids))
+    def _each(self, of_tensor: Callable[[torch.Tensor], torch.Tensor], of_list: Callable[[list[Any]], list[Any]],
+              ) -> Batch:
+        """The batch with one function applied to every tensor, another to every list of rows."""
+        changed: dict[str, Any] = {}
+        for name, value in ((item.name, getattr(self, item.name)) for item in fields(self) if item.name != "skipped"):
+            if isinstance(value, torch.Tensor):
+                changed[name] = of_tensor(value)
+            elif isinstance(value, list):
+                changed[name] = of_list(value)
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ def collate(samples: list[Prepared], is_features: bool, skipped: list[SkippedSam
         after_ids=[sample.after_ids for sample in samples],
         target_ids=[sample.target_ids for sample in samples],
         answers=[sample.record.answers for sample in samples],
+        languages=[sample.record.language for sample in samples],
         seconds=[sample.seconds for sample in samples],
         choices=[sample.choices for sample in samples],
         choice_ids=[list(sample.choice_ids) for sample in samples],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -13,11 +14,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from listen_dist import evaluate as evaluation
 from listen_dist.data.features import Fbank
 from listen_dist.data.manifest import write_manifest
 from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import Parts, assemble
+from listen_dist.engine.checkpoint import TrainState, snapshot, write
+from listen_dist.engine.optim import build_optimizer
 from listen_dist.errors import ListenError
+from listen_dist.evaluation.dev import evaluate_dev
 from listen_dist.models.beats import BeatsEncoder, implementation, load_audio_encoder
 from listen_dist.models.encoders import join_frames
 from listen_dist.models.projector import JoinedNorm, build_projector
@@ -278,3 +283,17 @@ def test_stored_frames_of_both_encoders_equal_a_run_of_them(parts: Parts, tmp_pa
     (tmp_path / "set/index.json").write_text(text.replace(index.audio_features.fingerprint, "0" * 64))
     with pytest.raises(ConfigError, match=r"set: its stored features .* another .* than model\.audio_encoder = "):
         parts.reader(entries, with_targets=True)
+
+
+def test_clips_without_stored_frames_are_scored(checkpoint: Path, tiny_world: tiny.Tiny, tmp_path: Path) -> None:
+    """By the small evaluation while a model trains, and by evaluate.py: choices and free text take other rows."""
+    words = (f"model.audio_encoder={checkpoint}", f"run_dir={tmp_path / 'run'}", "parallel.llm=replicated",
+             f"data.dev=[{{path: {tiny_world.test}}}]", "train.eval_limit=0")
+    config = tiny_world.config(*words)
+    parts = assemble(config, torch.device("cpu"))
+    assert set(evaluate_dev(parts)) == {"asr", "language_id", "speech_qa"}
+    optimizer = build_optimizer(parts.model.trainable, config.train)
+    write(tmp_path / "run/checkpoints", snapshot(config, TrainState(1), parts.model.trainable, optimizer))
+    assert evaluation.main(["--config", str(tiny_world.config_file), *words]) == 0
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["skipped"] == 0 and sum(entry["samples"] for entry in results["tasks"].values()) == 7

@@ -128,7 +128,8 @@ def test_half_precision_trainables_are_refused() -> None:
 def output(tokens: list[int], losses: list[float], indices: list[list[int]]) -> tuple[Batch, ModelOutput]:
     count = len(tokens)
     batch = Batch([f"c{i}" for i in range(count)], ["asr", "caption"][:count], torch.zeros(0), torch.zeros(count),
-                  False, [[]] * count, [[1] * n for n in tokens], [("x",)] * count, [2.5] * count, [])
+                  False, [[]] * count, [[1] * n for n in tokens], [("x",)] * count, [""] * count, [2.5] * count,
+                  [()] * count, [[]] * count)
     out = ModelOutput(torch.tensor(losses), torch.tensor(-0.2 * count), sum(tokens), count, 10 * count,
                       15 * count, torch.tensor(indices), torch.full((count, 2), 0.1))
     return batch, out
