@@ -15,6 +15,7 @@ import numpy as np
 import soundfile
 import webdataset
 
+from listen_dist.data.decode import to_pcm16
 from listen_dist.data.manifest import atomic_file, file_sha256, record_to_dict
 from listen_dist.data.shards import FORMAT_VERSION, INDEX_NAME, FeatureInfo, ShardEntry
 from listen_dist.structures import SAMPLE_RATE, AudioSample
@@ -97,9 +98,8 @@ def write_index(
 
 def encode_flac(waveform: np.ndarray) -> bytes:
     """Return float32 [S] at 16 kHz as 16-bit FLAC; values outside -1 to 1 are clipped."""
-    samples = np.clip(np.rint(waveform * 32768.0), -32768, 32767).astype(np.int16)
     file = io.BytesIO()
-    soundfile.write(file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    soundfile.write(file, to_pcm16(waveform), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return file.getvalue()
 
 
