@@ -21,6 +21,7 @@ import braceexpand
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from listen_dist import yaml_text
 from listen_dist.errors import ListenError
 from listen_dist.schema import Config, ConfigError, DataConfig, require
 from listen_dist.tasks import TASKS, get_task
@@ -41,13 +42,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     for word in overrides:
         if "=" not in word:
             raise ConfigError(f"{word!r}: an override has the form key=value, e.g. train.max_steps=50")
-    try:
-        words = [(word.split("=", 1)[0], OmegaConf.from_dotlist(["value=" + word.split("=", 1)[1]])["value"])
-                 for word in overrides]
-    except Exception as error:  # PyYAML and OmegaConf raise many types for malformed text
-        raise ConfigError(f"command line: not readable as YAML: {error}") from error
-    for key, value in words:
-        _refuse_unknown_word(key, value)
+    words = [_read_word(*word.split("=", 1)) for word in overrides]
     source, key = str(path), ""
     try:
         merged = OmegaConf.unsafe_merge(_writable(OmegaConf.structured(Config)), *files)
@@ -66,13 +61,15 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[Any]:
     """A YAML file's tree behind those of the files it is based on, the last base first; keys checked."""
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         named = f" (the base of {above[-1]})" if above else " (configs/ holds examples)"
         raise ConfigError(f"{path}: no such config file{named}")
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # PyYAML and OmegaConf raise many types for malformed text
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+        tree = yaml_text.read(path.read_text(encoding="utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    if tree is None:  # an empty file
+        tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected `key: value` lines at the top level")
     base = tree.pop("base", None)
@@ -81,7 +78,8 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[Any]:
         return [OmegaConf.create(tree)]
     if path.resolve() in [file.resolve() for file in above]:
         raise ConfigError(f"{path}: base: it is based on itself")
-    return [*_with_bases(path.parent / str(base), (*above, path)), OmegaConf.create(tree)]
+    return [*_with_bases(path.parent / yaml_text.expand(str(base), f"{path}: base"), (*above, path)),
+            OmegaConf.create(tree)]
 
 
 def to_yaml(config: Config) -> str:
@@ -117,16 +115,23 @@ def _refuse_unknown_keys(values: dict[Any, Any], schema: type, source: str, pref
                     _refuse_unknown_keys(entry, item, source, f"{full}[{i}].")
 
 
-def _refuse_unknown_word(key: str, value: Any) -> None:
-    """An override's key: `data.train.0.path` and `data.train[0].path` both name a list's entry."""
+def _read_word(key: str, text: str) -> tuple[str, Any]:
+    """An override's key and value: `data.train.0.path` and `data.train[0].path` both name a list's entry."""
     known = known_keys()
     if re.sub(r"\.(\d+)(?=\.|$)|\[\d+\]", "[0]", key).removesuffix("[0]") not in known:
         raise ConfigError(f"command line: unknown key {key!r}; the nearest known one is {nearest(key, known)!r}")
-    if OmegaConf.is_config(value):
-        tree: Any = OmegaConf.to_container(value)
-        for part in reversed(re.split(r"[.\[]", key)):
+    parts = re.split(r"[.\[]", key)
+    hint: Any = Config
+    for part in parts:
+        inner = typing.get_type_hints(hint, include_extras=True) if dataclasses.is_dataclass(hint) else {}
+        hint = inner.get(part) or next(reversed(typing.get_args(hint)), None)
+    value = yaml_text.read(text, f"command line: {key}", hint)
+    if isinstance(value, dict | list):
+        tree: Any = value
+        for part in reversed(parts):
             tree = {part: tree}
         _refuse_unknown_keys(tree, Config, "command line", prefix="")
+    return key, value
 
 
 def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
@@ -145,10 +150,12 @@ def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word most like `word`; among dotted keys the last part counts most."""
+    """The known word most like `word`; among dotted keys the last part counts most, or its initials (`lr`)."""
     def likeness(candidate: str) -> float:
-        last = difflib.SequenceMatcher(None, word.split(".")[-1], candidate.split(".")[-1]).ratio()
-        return last + 0.5 * difflib.SequenceMatcher(None, word, candidate).ratio()
+        asked, last = word.split(".")[-1], candidate.split(".")[-1]
+        alike = difflib.SequenceMatcher(None, asked, last).ratio()
+        short = "_" in last and asked == "".join(part[0] for part in last.split("_"))
+        return max(alike, short) + 0.5 * difflib.SequenceMatcher(None, word, candidate).ratio()
 
     return max(known, key=likeness)
 
@@ -264,9 +271,9 @@ def check(config: Config) -> None:
 
 def _check_augment(data: DataConfig) -> None:
     augment, where = data.augment, "data.augment."
-    keys = ", ".join(where + key for key in augment.active)
-    require(not (keys and data.stored_features), keys, True,
-             "works on audio, which stored encoder frames no longer are; set data.stored_features=false")
+    for key in augment.active if data.stored_features else ():
+        require(False, where + key, getattr(augment, key),
+                "works on audio, which stored encoder frames no longer are; set data.stored_features=false")
     require(0 <= augment.speed <= 0.5, where + "speed", augment.speed, "must be within 0 … 0.5")
     require(0 <= augment.reverb_share <= 1, where + "reverb_share", augment.reverb_share, "must be within 0 … 1")
     snr = augment.noise_snr_db

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from listen_dist.errors import ListenError
 
 
 class ConfigError(ListenError):
     """A configuration that cannot be used; the first line names the key and the cure."""
+
+
+PATH = "path"
+PathText = Annotated[str, PATH]
+"""A file, folder or address: `~` and environment variables are expanded (yaml_text.py)."""
 
 
 def require(holds: bool, key: str, value: object, what: str) -> None:
@@ -20,11 +25,11 @@ def require(holds: bool, key: str, value: object, what: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    llm: str = ""
+    llm: PathText = ""
     """Folder or Hugging Face name of a causal LLM (Llama, Vicuna, Qwen, Mistral …). Stays frozen."""
-    speech_encoder: str = ""
+    speech_encoder: PathText = ""
     """Folder or Hugging Face name of a Whisper model of any size. Stays frozen."""
-    audio_encoder: str = ""
+    audio_encoder: PathText = ""
     """A BEATs checkpoint (`.pt` from its authors) whose frames stand beside the speech encoder's, for sounds that
     are not speech. Stays frozen. Empty: none."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -43,7 +48,7 @@ class ModelConfig:
     """Text between the audio and the target; `{instruction}` is replaced for each clip."""
     seed: int = 0
     """Seed of the initial pool and projector."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """An export (tools/export.py), checkpoint or run folder whose weights to start from, trained on the same frozen
     models. A run that goes on from a checkpoint of its own doesn't read it."""
     init_projector: bool = True
@@ -67,7 +72,7 @@ class ProjectorConfig:
     near the embedding of the target token spoken then, or of the whole answer (see engine/warm_start.py)."""
     freeze: bool = False
     """Leave only the pool to learn; give `init_from` or `model.init_from` with it."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """An export, checkpoint or run folder whose projector alone to start from."""
 
 
@@ -132,7 +137,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class SetConfig:
-    path: str = ""
+    path: PathText = ""
     """Folder of shards with an index.json (see tools/shard_dataset.py): a path, or an address that begins with
     http://, https://, s3:// or gs://. Braces name several that are read as one set: `part-{00..07}`, `{a,b}`."""
     weight: float = 1.0
@@ -157,12 +162,12 @@ class AugmentConfig:
     """Play faster or slower by up to this share (0.1: 0.90 … 1.10 in steps of 0.01); the pitch moves along."""
     gain_db: float = 0
     """Louder or softer by up to so many decibels."""
-    noise: str = ""
+    noise: PathText = ""
     """Folder of audio files (searched at all depths), or shards as in `data.train[i].path`; a stretch of one sound
     is added to each clip."""
     noise_snr_db: list[float] = field(default_factory=lambda: [5.0, 20.0])
     """Lowest and highest signal-to-noise ratio in decibels, by mean power."""
-    reverb: str = ""
+    reverb: PathText = ""
     """Room impulse responses: a folder of audio files (searched at all depths), or shards."""
     reverb_share: float = 0.5
     """Share of the clips that get reverberation, where `reverb` is given."""
@@ -210,7 +215,7 @@ class DataConfig:
     """Loader processes a rank; 0: read in the training process."""
     stored_features: bool = True
     """Use the encoder output stored in the shards where all sets hold it (no encoder run)."""
-    cache_dir: str = ""
+    cache_dir: PathText = ""
     """Folder on this node's disk that keeps whole shards of sets read over the network; empty: no cache,
     each sample is fetched by itself. All processes of a node share it."""
     cache_gib: float = 100.0
@@ -329,7 +334,7 @@ class EvalConfig:
 class TrackingConfig:
     mlflow: bool = True
     """Log to MLflow beside metrics.jsonl."""
-    uri: str = ""
+    uri: PathText = ""
     """MLflow tracking address; empty: a SQLite file `mlflow.db` in the folder above `run_dir`."""
     experiment: str = "listen_dist"
     """MLflow experiment that the run is put in."""
@@ -337,7 +342,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class Config:
-    run_dir: str = ""
+    run_dir: PathText = ""
     """Where checkpoints, logs and results go."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where there is a GPU."""

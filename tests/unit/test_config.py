@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,20 @@ REFUSED_WORDS = [
     (["eval.batch_tokens=0"], r"eval\.batch_tokens = 0"),
     (["eval.limit=-1"], r"eval\.limit = -1"),
     (["eval.no_repeat_ngram_size=-1"], r"eval\.no_repeat_ngram_size = -1"),
+    (["train.lr=1e-3"], r"unknown key 'train\.lr'.* 'train\.learning_rate'"),
+    (["lr=1e-3"], r"unknown key 'lr'.* 'train\.learning_rate'"),
+    (["train.wd=0"], r"unknown key 'train\.wd'.* 'train\.weight_decay'"),
+    (["output_dir=x"], r"unknown key 'output_dir'.* 'run_dir'"),
+    (["model.before_audio=user: hi"], r"command line: model\.before_audio: expected text.* needs quotes"),
+    (["model.before_audio=[x]"], r"command line: model\.before_audio: expected text.* needs quotes"),
+    (["model.before_audio=a: b: c"], r"command line: model\.before_audio: not readable as YAML.* needs quotes"),
+    (["data.train=[{path: x"], r"command line: data\.train: not readable as YAML"),
+    (["train.task_weights={asr: 1, asr: 2}"], r"command line: train\.task_weights: not readable as YAML.*asr"),
+    (["run_dir=$LISTEN_NOWHERE/x"], r"run_dir = '\$LISTEN_NOWHERE/x': the environment variable LISTEN_NOWHERE is not"),
+    (["data.train=[{path: '${LISTEN_NOWHERE}/x'}]"], r"\[0\]\.path = '\$\{LISTEN_NOWHERE\}/x': the environment"),
+    (["run_dir=~listen_nobody/x"], r"run_dir = '~listen_nobody/x': no such home folder"),
+    (["data.augment.speed=0.1"], r"data\.augment\.speed = 0\.1: works on audio"),
+    (["data.augment.mel_masks=2", "data.augment.noise=y"], r"data\.augment\.noise = 'y': works on audio"),
     (["parallel.timeout_minutes=0"], r"parallel\.timeout_minutes = 0"),
 ]
 
@@ -101,6 +116,10 @@ REFUSED_FILES = [
     ("- a list", r"config\.yaml: expected `key: value` lines"),
     ("train: {max_steps: [", r"config\.yaml: not readable as YAML"),
     ("just text", r"config\.yaml"),
+    ("run_dir: r\ntrain:\n  max_steps: [", r"config\.yaml line 3 \(max_steps: \[\): not readable as YAML"),
+    ("run_dir: r\nmodel:\n  before_audio: a: b\n", r"config\.yaml line 3 \(before_audio: a: b\).* needs quotes"),
+    ("run_dir: r\nmodel:\n  before_audio: {a: b}\n", r"config\.yaml: model\.before_audio: expected text"),
+    ("run_dir: a\nrun_dir: b", r"config\.yaml line 2 .*: not readable as YAML: .*run_dir"),
 ]
 
 
@@ -133,6 +152,62 @@ def test_overrides_of_every_kind(base: Path) -> None:
     assert config.model.before_audio == "<|im_start|>user: [x]"
     assert config.projector.init_from is None
     assert config.train.task_weights == {"asr": 4.0, "caption": 3.0}
+
+
+TEXTS = ["2026_11_28", "001", "no", "1e3", "true", "0x10", "12:30", "yes", "3.10", "2026-11-28", "é"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_stays_text(tmp_path: Path, base: Path, text: str) -> None:
+    """Where a key holds text, from the command line, from a file, and from the file that a run writes."""
+    said = configuration.load(base, [f"run_dir={text}", f"tracking.experiment={text}", f"pool.tasks=[{text}, b]",
+                                     f"data.train=[{{path: {text}}}]", f"projector.init_from={text}"])
+    tree = {"model": BASE["model"]}
+    rest = (f"run_dir: {text}\ntracking: {{experiment: {text}}}\npool:\n  tasks: [{text}, b]\n"
+            f"data: {{train: [{{path: {text}}}]}}\nprojector: {{init_from: {text}}}\n")
+    written = configuration.load(write(tmp_path, yaml.safe_dump(tree) + rest))
+    for config in (said, written):
+        assert (config.run_dir, config.tracking.experiment, config.pool.tasks) == (text, text, [text, "b"])
+        assert (config.data.train[0].path, config.projector.init_from) == (text, text)
+    assert configuration.load(write(tmp_path, configuration.to_yaml(said))) == said == written
+
+
+def test_numbers_keep_their_forms(base: Path) -> None:
+    config = configuration.load(base, ["train.max_steps=0x10", "train.warmup_steps=1_000", "train.learning_rate=.5",
+                                       "train.min_learning_rate=+1E-3", "train.decay_pool=yes", "train.seed='7'",
+                                       "data.temperature=.inf", "train.task_weights.asr=2"])
+    assert (config.train.max_steps, config.train.warmup_steps, config.train.seed) == (16, 1000, 7)
+    assert (config.train.learning_rate, config.train.min_learning_rate) == (0.5, 1e-3)
+    assert config.train.decay_pool and config.data.temperature == float("inf")
+
+
+def test_paths_are_expanded(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Home folders, variables and slashes at the end, wherever the schema has a path and nowhere else."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("LISTEN_DISK", "/disk")
+    words = ["run_dir=~/x", "model.llm=$LISTEN_DISK/llm/", "model.speech_encoder=${LISTEN_DISK}/speech",
+             "model.audio_encoder=~/b.pt", "projector.init_from=$LISTEN_DISK", "data.cache_dir=${run_dir}/cache",
+             "data.train=[{path: '$LISTEN_DISK/{a,b}/'}, {path: s3://b/$LISTEN_DISK}]", "data.stored_features=false",
+             "data.augment.reverb=~/r", "tracking.uri=sqlite:///$LISTEN_DISK/m.db",
+             "model.before_audio='~/ $LISTEN_DISK/'"]
+    config = configuration.load(base, words)
+    assert (config.run_dir, config.data.augment.reverb) == ("/home/me/x", "/home/me/r")
+    assert (config.model.llm, config.model.speech_encoder) == ("/disk/llm", "/disk/speech")
+    assert (config.model.audio_encoder, config.projector.init_from) == ("/home/me/b.pt", "/disk")
+    assert [entry.path for entry in config.data.train] == ["/disk/{a,b}", "s3://b//disk"]
+    assert (config.data.cache_dir, config.tracking.uri) == ("/home/me/x/cache", "sqlite:////disk/m.db")
+    assert config.model.before_audio == "~/ $LISTEN_DISK/"
+    write(tmp_path, {"run_dir": "~/y/"})
+    (tmp_path / "above.yaml").write_text(f"base: ${{LISTEN_BASE}}/config.yaml\nmodel: {BASE['model']}\n")
+    monkeypatch.setenv("LISTEN_BASE", str(tmp_path))
+    assert configuration.load(tmp_path / "above.yaml").run_dir == "/home/me/y"
+
+
+def test_every_key_of_a_file_or_folder_is_a_path() -> None:
+    """A key whose text says folder, checkpoint or file is of the type that is expanded."""
+    source = (ROOT / "listen_dist/schema.py").read_text(encoding="utf-8")
+    found = re.findall(r"^    (\w+): str\b.*\n    \"\"\"(?:An? )?(?:Folder|Where|File)", source, re.M)
+    assert not found, found
 
 
 def test_a_later_override_wins(base: Path) -> None:
