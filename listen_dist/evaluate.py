@@ -149,8 +149,8 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
     config = with_pool_tasks(config)
     splits = {split: sets_of(config, split) for split in config.eval.splits}
     saved = check_same_model(path, config)
+    exports.check_frozen(path, config)
     parts = assemble(config, device)
-    exports.check_frozen(path, config, exports.encoder_fingerprints(parts.model))
     checkpoint.load_trainables(path, parts.model.trainable)
     parts.model.eval()
     places = Places(path, Path(arguments.out or config.run_dir))

@@ -34,7 +34,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
@@ -45,7 +45,7 @@ from listen_dist import dist, logs, tracking
 from listen_dist.data.loader import LoaderError, find_filler, training_steps
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.shards import ShardError
-from listen_dist.engine import checkpoint, exports
+from listen_dist.engine import checkpoint, exports, fingerprints
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
 from listen_dist.engine.checkpoint import TrainState
 from listen_dist.engine.health import report_links
@@ -101,15 +101,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Config:
     return configuration.load(arguments.config, arguments.overrides)
 
 
-def find_resume(config: Config) -> tuple[Path, Config] | None:
-    """The checkpoint to go on from and the config it was written with, checked; None to begin anew."""
+def find_resume(config: Config, content: Mapping[str, str]) -> tuple[Path, Config] | None:
+    """The checkpoint to go on from and the config it was written with, checked; None to begin anew.
+
+    Args:
+        content: fingerprints of what the config names (see engine/fingerprints.py).
+    """
     found = checkpoint.newest(Path(config.run_dir) / "checkpoints")
     if found is None:
         return None
     if config.train.resume == "never":
         raise ConfigError(f"{config.run_dir}: holds {found.name} of an earlier run; set train.resume=auto to go on "
                           "from it, or choose another run_dir")
-    return found, checkpoint.check_same_config(found, config)
+    return found, checkpoint.check_same_config(found, config, content)
 
 
 def claim_folder(config: Config) -> RunLock:
@@ -165,7 +169,7 @@ def set_up(config: Config, device: torch.device, stop: StopRequest, resume_from:
 
 def start_anew(parts: Parts) -> None:
     """Initial weights that are not from a seed: an earlier run's, and least squares for the projector."""
-    exports.start_from(parts.config, parts.model.trainable, exports.encoder_fingerprints(parts.model))
+    exports.start_from(parts.config, parts.model.trainable)
     if parts.config.projector.start == "least_squares":
         fit_last_layer(parts.model, clips_of_any_rank(parts))
 
@@ -381,8 +385,9 @@ def run_program(config: Config, stop: StopRequest) -> int:
         if not config.data.train:
             raise ConfigError("data.train: no set to train on; name a folder of shards")
         config = with_pool_tasks(config)
-        found = dist.on_main(find_resume, config)
-        state = state_of(found, config)
+        content = dist.on_main(fingerprints.of_run, config)
+        found = dist.on_main(find_resume, config, content)
+        state = replace(state_of(found, config), content=content)
         if state.finished:  # before anything is loaded, and before a tracker's thread runs that would have to be ended
             logger.info("already trained for %d steps; raise train.max_steps (or train.max_minutes) to go on",
                         state.step)

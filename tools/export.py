@@ -17,16 +17,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from listen_dist import config as configuration
 from listen_dist.engine import checkpoint, exports
 from listen_dist.errors import ListenError
 from listen_dist.evaluation.predictions import read_predictions
 from listen_dist.inference.options import add_frozen_models
 from listen_dist.inference.usage import usage_by_task
-from listen_dist.models.beats import load_audio_encoder
-from listen_dist.models.encoders import load_speech_encoder
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,16 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         moved = {key: getattr(arguments, key) or getattr(config.model, key) for key in exports.FROZEN}
         config = replace(config, model=replace(config.model, **moved))
         results = json.loads(arguments.results.read_text(encoding="utf-8")) if arguments.results else None
-        encoders = {"speech_encoder": load_speech_encoder(config.model.speech_encoder, torch.float32).fingerprint}
-        if config.model.audio_encoder:
-            encoders["audio_encoder"] = load_audio_encoder(config.model.audio_encoder, torch.float32).fingerprint
         # results.json goes with predictions.jsonl, results.dev.json with predictions.dev.jsonl
         predictions = arguments.results and arguments.results.with_name(
             f"{arguments.results.name.replace('results', 'predictions', 1)}l")
         notes = arguments.notes.read_text(encoding="utf-8") if arguments.notes else ""
         usage = usage_by_task(config.pool, read_predictions(predictions)) if predictions and predictions.is_file() \
             else None
-        print(exports.write(source, arguments.out, encoders, config, results, arguments.half, usage, notes))
+        print(exports.write(source, arguments.out, config, results, arguments.half, usage, notes))
         return 0
     except (ListenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -94,7 +94,8 @@ class ShardIndex:
     """Of the audio encoder, where its frames are stored beside the speech encoder's."""
 
     @staticmethod
-    def load(path: str | os.PathLike[str], data: DataConfig = DataConfig()) -> ShardIndex:  # noqa: B008
+    def load(path: str | os.PathLike[str], data: DataConfig = DataConfig(),  # noqa: B008
+             check_files: bool = True) -> ShardIndex:
         """Read and check the `index.json` of a folder, and in a local one the size of the shards.
 
         Of more than MOST_CHECKED shards, every second (third …) is looked at; one that is cut short shows when read.
@@ -102,13 +103,15 @@ class ShardIndex:
         Args:
             path: what `data.train[i].path` may be (see sources.py); several folders are read as one set.
             data: how to read from elsewhere: the cache, retries, time-out.
+            check_files: False reads the index alone.
 
         Raises:
             ConfigError: no address that we read.
             ShardError: a file is missing, cut short, or disagrees with the index; names it and the cure.
             SourceError: the source fails.
         """
-        indexes = [_load_folder(open_folder(address, data)) for address in set_addresses(os.fspath(path))]
+        indexes = [_load_folder(open_folder(address, data), check_files)
+                   for address in set_addresses(os.fspath(path))]
         return indexes[0] if len(indexes) == 1 else _join(os.fspath(path), indexes)
 
     @property
@@ -194,7 +197,7 @@ class ShardIndex:
                 raise ShardError(f"{folder / name}: sha256 differs from the index; write it anew")
 
 
-def _load_folder(folder: Folder) -> ShardIndex:
+def _load_folder(folder: Folder, check_files: bool) -> ShardIndex:
     where = str(folder / INDEX_NAME)
     try:
         text = folder.read_file(INDEX_NAME, _MAX_INDEX_BYTES)
@@ -203,8 +206,9 @@ def _load_folder(folder: Folder) -> ShardIndex:
     except ShardError as error:
         raise ShardError(f"{where}: {error}") from None
     index = _index_from_json(folder, _load_json(where, text))
-    with ThreadPool(CHECK_THREADS) as pool:  # on a shared folder each look takes a round trip
-        pool.map(partial(_check_files, folder), index.shards[:: -(-len(index.shards) // MOST_CHECKED)])
+    if check_files:
+        with ThreadPool(CHECK_THREADS) as pool:  # on a shared folder each look takes a round trip
+            pool.map(partial(_check_files, folder), index.shards[:: -(-len(index.shards) // MOST_CHECKED)])
     return index
 
 

@@ -4,7 +4,8 @@
         trainables.safetensors   pool and projector, fp32
         optimizer.safetensors    AdamW's moments, by parameter name
         config.yaml              the resolved configuration
-        state.json               step, loader cursor, sums since the last report, sha256 of the files above
+        state.json               step, loader cursor, sums since the last report, fingerprints of the sets and of the
+                                 frozen models, sha256 of the files above
     latest                       the name of the newest complete folder; moved last
     best.json                    dev scores (see evaluation/dev.py); the steps it names as best are never dropped
 
@@ -19,7 +20,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ class TrainState:
     """How many of the `skipped_steps` were the last ones."""
     meter: Mapping[str, Any] = field(default_factory=dict)
     """The sums of the steps since the last report (see `Meter.state`)."""
+    content: Mapping[str, str] = field(default_factory=dict)
+    """What it was trained with: fingerprints of the sets and frozen models by config key (see fingerprints.py)."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +257,13 @@ def load_optimizer(path: Path, module: nn.Module, optimizer: torch.optim.Optimiz
             optimizer.state[p] = {key: value if key == "step" else value.to(p.device) for key, value in found.items()}
 
 
-def check_same_config(path: Path, config: Config) -> Config:
-    """Refuse to go on from a checkpoint of another experiment.
+def check_same_config(path: Path, config: Config, content: Mapping[str, str]) -> Config:
+    """Refuse to go on from a checkpoint of another experiment, or with other data or frozen models.
+
+    The same content may lie elsewhere: then its path is free to change.
+
+    Args:
+        content: fingerprints of what `config` names (see fingerprints.py).
 
     Returns:
         the configuration that the checkpoint was written with.
@@ -263,12 +271,43 @@ def check_same_config(path: Path, config: Config) -> Config:
     Raises:
         ConfigError: naming the first keys that differ, and the cure.
     """
-    saved = load(path / "config.yaml")
-    differing = [key for key in differences(saved, config) if not key.startswith(FREE_TO_CHANGE)]
+    saved, known = load(path / "config.yaml"), read_state(path).content
+    differing = [key for key in differences(_at_new_places(saved, config, known, content), config)
+                 if not key.startswith(FREE_TO_CHANGE)]
     if differing:
         raise ConfigError(f"{path}: belongs to another config; these keys differ: {', '.join(differing[:5])}. "
                           "Choose another run_dir, or restore them")
+    _check_content(path, known, content)
     return saved
+
+
+def _at_new_places(saved: Config, config: Config, known: Mapping[str, str], content: Mapping[str, str]) -> Config:
+    """`saved` with the paths of `config` wherever content of a known fingerprint is meant.
+
+    Whether it is the same content is another question, with an answer of its own.
+    """
+    model = {name: getattr(config.model, name) for name in ("llm", "speech_encoder", "audio_encoder")
+             if f"model.{name}" in known and f"model.{name}" in content}
+    train = saved.data.train
+    if len(train) == len(config.data.train):
+        train = [replace(old, path=new.path) if f"data.train[{i}]" in known else old
+                 for i, (old, new) in enumerate(zip(train, config.data.train, strict=True))]
+    return replace(saved, model=replace(saved.model, **model), data=replace(saved.data, train=train))
+
+
+def _check_content(path: Path, known: Mapping[str, str], content: Mapping[str, str]) -> None:
+    if not known:
+        logger.warning("%s: is of an earlier version, without fingerprints of its data and models; whether they are "
+                       "still the same can't be checked", path)
+        return
+    other = [key for key in {**known, **content} if known.get(key) != content.get(key)]
+    for key in (key for key in other if key.startswith("data.dev") and key in known and key in content):
+        logger.warning("%s: is another set than before; the dev scores from here on don't compare with the earlier "
+                       "ones", key)
+    if bound := [key for key in other if not key.startswith("data.dev")]:
+        raise ConfigError(f"{path}: was trained with other content than now lies under {', '.join(bound[:5])} (shards "
+                          "written again, or another model). Restore it to go on, or start a new run in another "
+                          f"run_dir (model.init_from={path} takes over what was learned)")
 
 
 def _write_synced(path: Path, content: bytes) -> None:

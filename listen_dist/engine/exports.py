@@ -3,7 +3,8 @@
     trainables.safetensors   pool and projector (and LoRA), fp32 or fp16
     config.yaml              the configuration they were trained with
     README.md                a model card for people
-    export.json              step, sha256 of the files above, fingerprints and licences of the frozen models, and,
+    export.json              step, sha256 of the files above, fingerprints and licences of the frozen models (`frozen`:
+                             over all weights, for people; `content`: quick, to be compared when it is loaded), and,
                              where it was evaluated, which share of each task's clips had each prompt
 
 The frozen models are not in it; whoever loads it must have the same ones, which the fingerprints tell.
@@ -28,10 +29,12 @@ from torch import nn
 from transformers.utils import cached_file
 
 from listen_dist import config as configuration
-from listen_dist.engine import checkpoint
+from listen_dist import dist
+from listen_dist.engine import checkpoint, fingerprints
 from listen_dist.engine.checkpoint import CheckpointError
-from listen_dist.models.listen import Listen
-from listen_dist.schema import Config, ConfigError
+from listen_dist.models.beats import load_audio_encoder
+from listen_dist.models.encoders import load_speech_encoder
+from listen_dist.schema import Config, ConfigError, ModelConfig
 
 STATISTICS = "pool.query_"
 """Buffers beside the learned parameters begin so."""
@@ -95,30 +98,38 @@ def read_usage(path: Path) -> dict[str, list[float]]:
     return dict(_read(path).get("usage", {}))
 
 
-def encoder_fingerprints(model: Listen) -> dict[str, str]:
-    """Of the encoders of a model, by their config keys."""
-    sounds = {"audio_encoder": model.audio_encoder.fingerprint} if model.audio_encoder is not None else {}
-    return {"speech_encoder": model.encoder.fingerprint, **sounds}
+def frozen_weights(model: ModelConfig) -> dict[str, str]:
+    """sha256 over all weights of the frozen models, by their config keys. Reads them all: a minute for a large LLM."""
+    found = {"llm": llm_fingerprint(model.llm),
+             "speech_encoder": load_speech_encoder(model.speech_encoder, torch.float32).fingerprint}
+    if model.audio_encoder:
+        found["audio_encoder"] = load_audio_encoder(model.audio_encoder, torch.float32).fingerprint
+    return found
 
 
-def check_frozen(path: Path, config: Config, encoders: Mapping[str, str], of_projector: bool = True) -> None:
+def check_frozen(path: Path, config: Config, of_projector: bool = True) -> None:
     """Refuse frozen models that `path` was not trained on.
 
-    An export tells them by fingerprint, a checkpoint by the last part of their paths, so that folders can move.
+    They are told by content, so that folders can move; in a checkpoint of an earlier version, which holds no
+    fingerprints, by the last part of their paths. Every rank must call it.
 
     Args:
         path: a resolved export or checkpoint.
         config: names the models in use.
-        encoders: their encoders' fingerprints (see `encoder_fingerprints`).
         of_projector: the projector is taken too, which is bound to the encoders besides the LLM.
 
     Raises:
         ConfigError: naming the model, and why it must be the same.
     """
     saved = configuration.load(path / "config.yaml").model
-    if (path / "export.json").is_file():
+    is_export = (path / "export.json").is_file()
+    content = _read(path).get("content", {}) if is_export else checkpoint.read_state(path).content
+    if content:
+        found = dist.on_main(fingerprints.of_models, config.model)
+        same = {key: content.get(f"model.{key}") == found.get(f"model.{key}") for key in FROZEN}
+    elif is_export:  # of an earlier version
         needed: Mapping[str, Frozen] = _read(path)["frozen"]
-        here = {"llm": llm_fingerprint(config.model.llm), **encoders}
+        here = dist.on_main(frozen_weights, config.model)
         same = {key: (needed[key].fingerprint if key in needed else None) == here.get(key) for key in FROZEN}
     else:
         same = {key: Path(getattr(saved, key)).name == Path(getattr(config.model, key)).name for key in FROZEN}
@@ -128,7 +139,7 @@ def check_frozen(path: Path, config: Config, encoders: Mapping[str, str], of_pro
                               f"on ({Path(getattr(saved, key)).name or 'none'}): {why}. Give that one, or train anew")
 
 
-def start_from(config: Config, trainable: nn.ModuleDict, encoders: Mapping[str, str]) -> None:
+def start_from(config: Config, trainable: nn.ModuleDict) -> None:
     """Fill the trainables as `model.init_from` and `projector.init_from` say; nothing where neither is given.
 
     Raises:
@@ -136,24 +147,23 @@ def start_from(config: Config, trainable: nn.ModuleDict, encoders: Mapping[str, 
     """
     if config.model.init_from is not None:
         path, with_projector = resolve(Path(config.model.init_from)), config.model.init_projector
-        check_frozen(path, config, encoders, with_projector)
+        check_frozen(path, config, with_projector)
         if with_projector:
             checkpoint.load_trainables(path, trainable)
         else:
             checkpoint.load_trainables(path, trainable["pool"], "pool.")
     if config.projector.init_from is not None:
         path = resolve(Path(config.projector.init_from))
-        check_frozen(path, config, encoders)
+        check_frozen(path, config)
         checkpoint.load_trainables(path, trainable["projector"], "projector.")
 
 
-def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, results: Mapping[str, Any] | None,
-          half: bool, usage: Mapping[str, list[float]] | None = None, notes: str = "") -> Path:
+def write(source: Path, out: Path, config: Config, results: Mapping[str, Any] | None, half: bool,
+          usage: Mapping[str, list[float]] | None = None, notes: str = "") -> Path:
     """Write an export of a checkpoint; the folder appears whole or not at all.
 
     Args:
         source: a resolved checkpoint.
-        encoders: fingerprints of its encoders, by their config keys.
         config: where the frozen models lie here, and how the export answers.
         results: of an evaluation of this checkpoint (results.json), for the model card.
         half: store float16 instead of float32.
@@ -161,7 +171,8 @@ def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, 
         notes: Markdown for the end of the model card.
 
     Raises:
-        ConfigError: the folder is there already, or results of another checkpoint.
+        ConfigError: the folder is there already, the results are of another checkpoint, or the frozen models here are
+            not those it was trained with.
         OSError: it can't be written.
     """
     if out.exists():
@@ -169,9 +180,10 @@ def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, 
     trainables = source / "trainables.safetensors"
     if results and results.get("checkpoint_sha256") != hashlib.sha256(trainables.read_bytes()).hexdigest():
         raise ConfigError(f"the results are of {results.get('checkpoint')}, not of {source}; evaluate this checkpoint")
+    check_frozen(source, config)
     saved = configuration.load(source / "config.yaml")
     frozen = {key: Frozen(_short(getattr(saved.model, key)), value, licence(getattr(config.model, key)))
-              for key, value in {"llm": llm_fingerprint(config.model.llm), **encoders}.items()}
+              for key, value in frozen_weights(config.model).items()}
     # Variances of queries are too small for float16.
     tensors = {key: value.half() if half and not key.startswith(STATISTICS) else value
                for key, value in load_file(trainables).items()}
@@ -184,7 +196,7 @@ def write(source: Path, out: Path, encoders: Mapping[str, str], config: Config, 
     contents = {"trainables.safetensors": save(tensors), "config.yaml": configuration.to_yaml(shared).encode(),
                 "README.md": (model_card(shared, step, tensors, frozen, results) + (notes and f"\n{notes}")).encode()}
     tree = {"format_version": 1, "step": step, "frozen": {key: vars(model) for key, model in frozen.items()},
-            "usage": usage or {},
+            "content": fingerprints.of_models(config.model), "usage": usage or {},
             "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}}
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.tmp")
@@ -236,17 +248,14 @@ def _figure(task: str, entry: Mapping[str, Any]) -> str:
 
 
 def llm_fingerprint(path: str) -> str:
-    """sha256 over the safetensors files of an LLM, in the order of their names.
+    """sha256 over an LLM's files of weights, in the order of their names; nothing is unpickled.
 
     Raises:
         FileNotFoundError: it has none.
     """
     digest = hashlib.sha256()
-    files = sorted(_folder(path).glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"model.llm = {path!r}: no *.safetensors file, so it has no fingerprint")
-    for file in files:
-        with file.open("rb") as content:
+    for file in fingerprints.weight_files(path, "model.llm"):
+        with open(file, "rb") as content:
             while block := content.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()

@@ -82,7 +82,7 @@ def code_commit() -> str:
 def check_same_model(path: Path, config: Config) -> Config:
     """Refuse to evaluate a checkpoint under another model's configuration.
 
-    The LLM and the encoder count as the same when the last parts of their paths are, so that folders can move.
+    Whether the frozen models are the same is told by their content (see `exports.check_frozen`), not their paths.
 
     Returns:
         the configuration that the checkpoint was written with.
@@ -91,11 +91,9 @@ def check_same_model(path: Path, config: Config) -> Config:
         ConfigError: naming the keys that differ, and the cure.
     """
     saved = load(path / "config.yaml")
-    names = {"model.llm": (saved.model.llm, config.model.llm),
-             "model.speech_encoder": (saved.model.speech_encoder, config.model.speech_encoder)}
-    moved = [key for key, (a, b) in names.items() if Path(a).name == Path(b).name]
+    frozen = ("model.llm", "model.speech_encoder", "model.audio_encoder")
     differing = [key for key in differences(saved, config)
-                 if key.startswith(("model.", "projector.", "pool.", "lora.")) and key not in (*FREE, *moved)]
+                 if key.startswith(("model.", "projector.", "pool.", "lora.")) and key not in (*FREE, *frozen)]
     if differing:
         raise ConfigError(f"{path}: belongs to another model; these keys differ: {', '.join(differing[:5])}. "
                           f"Evaluate with --config {path / 'config.yaml'}, or choose another --checkpoint")

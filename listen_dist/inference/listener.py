@@ -156,12 +156,13 @@ class Listener:
         model = replace(config.model, llm=llm or _here(config.model.llm),
                         speech_encoder=speech_encoder or _here(config.model.speech_encoder),
                         audio_encoder=audio_encoder or _here(config.model.audio_encoder))
+        config = replace(config, model=model)
         try:
-            parts = assemble(replace(config, model=model), target)
+            exports.check_frozen(folder, config)
+            parts = assemble(config, target)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{folder}: needs a frozen model that is not here: {error}; say where it lies with "
                                     "llm=, speech_encoder= or audio_encoder= (in the shell --llm …)") from error
-        exports.check_frozen(folder, parts.config, exports.encoder_fingerprints(parts.model))
         checkpoint.load_trainables(folder, parts.model.trainable)
         parts.model.eval()
         return cls(parts)

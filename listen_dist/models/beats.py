@@ -106,14 +106,22 @@ def load_audio_encoder(path: str, dtype: torch.dtype) -> BeatsEncoder:
         FileNotFoundError: no such file.
         ListenError: not a BEATs checkpoint; nothing in it was executed.
     """
-    where = f"model.audio_encoder = {path!r}"
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{where}: no such file (a checkpoint from the BEATs authors, e.g. "
-                                "BEATs_iter3_plus_AS2M.pt)")
+    check_audio_checkpoint(path)
     try:
         return BeatsEncoder(*_read_checkpoint(path)).to(dtype)
     except ListenError as error:
-        raise ListenError(f"{where}: {error}") from error
+        raise ListenError(f"model.audio_encoder = {path!r}: {error}") from error
+
+
+def check_audio_checkpoint(path: str) -> None:
+    """Tell a missing checkpoint.
+
+    Raises:
+        FileNotFoundError: naming the config key and the cure.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"model.audio_encoder = {path!r}: no such file (a checkpoint from the BEATs authors, "
+                                "e.g. BEATs_iter3_plus_AS2M.pt)")
 
 
 def _read_checkpoint(path: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 class World:
     tiny: tiny.Tiny
     checkpoint: Path
-    encoders: dict[str, str]
+    encoder: str
     trainable: torch.nn.ModuleDict
     """As it is in the checkpoint."""
 
@@ -46,7 +46,7 @@ def world(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Wo
             p.add_(0.3 * torch.randn_like(p))
     optimizer = build_optimizer(model.trainable, config.train)
     snapshot = checkpoint.snapshot(config, TrainState(3), model.trainable, optimizer)
-    return World(tiny_world, checkpoint.write(folder / "checkpoints", snapshot), exports.encoder_fingerprints(model),
+    return World(tiny_world, checkpoint.write(folder / "checkpoints", snapshot), model.encoder.fingerprint,
                  model.trainable)
 
 
@@ -107,7 +107,7 @@ def test_fingerprints_are_those_of_the_weights(world: World, exported: Path) -> 
     frozen = json.loads((exported / "export.json").read_text())["frozen"]
     weights = (world.tiny.llm / "model.safetensors").read_bytes()
     assert frozen["llm"]["fingerprint"] == hashlib.sha256(weights).hexdigest()
-    assert frozen["speech_encoder"]["fingerprint"] == world.encoders["speech_encoder"]
+    assert frozen["speech_encoder"]["fingerprint"] == world.encoder
 
 
 def test_another_llm_is_refused_with_the_reason(world: World, exported: Path, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_another_llm_is_refused_with_the_reason(world: World, exported: Path, tm
             llm.rename(renamed)
         config = world.tiny.config("parallel.llm=replicated", f"model.llm={renamed}", f"model.init_from={start}")
         with pytest.raises(ConfigError, match="embedding space"):
-            exports.start_from(config, world.trainable, world.encoders)
+            exports.start_from(config, world.trainable)
 
 
 @pytest.mark.parametrize("parts", ["all", "pool", "projector"])
@@ -130,7 +130,7 @@ def test_training_starts_from_an_export(world: World, exported: Path, parts: str
     config = world.tiny.config("parallel.llm=replicated", *words)
     fresh = assemble(world.tiny.config("parallel.llm=replicated"), torch.device("cpu")).model.trainable
     before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
-    exports.start_from(config, fresh, world.encoders)
+    exports.start_from(config, fresh)
     for name, p in fresh.named_parameters():
         source = dict(world.trainable.named_parameters()) if parts in ("all", name.split(".")[0]) else before
         assert torch.equal(p, source[name]), name

@@ -271,14 +271,14 @@ def test_weights_of_another_size_are_refused(config: Config, tmp_path: Path) -> 
 
 def test_another_config_is_refused_by_key(config: Config, tiny_world: tiny.Tiny, tmp_path: Path) -> None:
     path = save(tmp_path, config, STATE, *trained())
-    checkpoint.check_same_config(path, config)
+    checkpoint.check_same_config(path, config, {})
     free = ("run_dir=/other", "train.max_steps=99", "eval.beams=4", "parallel.llm=replicated", "data.workers=2",
             "data.test=[]", "train.save_every=3", "tracking.mlflow=true", "pool.top_k=2")
-    checkpoint.check_same_config(path, tiny_world.config(*free))
+    checkpoint.check_same_config(path, tiny_world.config(*free), {})
     bound = {"pool.prompts": "11", "train.seed": "4", "data.batch_tokens": "99", "model.after_audio": "'{instruction}'",
              "projector.hidden": "40", "train.learning_rate": "0.02"}
     for key, value in bound.items():
         with pytest.raises(ConfigError, match=rf"belongs to another config; these keys differ: {key}\. Choose"):
-            checkpoint.check_same_config(path, tiny_world.config(f"{key}={value}"))
+            checkpoint.check_same_config(path, tiny_world.config(f"{key}={value}"), {})
     with pytest.raises(ConfigError, match=r"data\.train"):
-        checkpoint.check_same_config(path, tiny_world.config("data.train[0].weight=5"))
+        checkpoint.check_same_config(path, tiny_world.config("data.train[0].weight=5"), {})
