@@ -5,6 +5,7 @@ The same checks serve the `<id>.json` members of shards, which are records witho
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import hashlib
@@ -29,7 +30,10 @@ MAX_DEPTH = 8
 # 80 characters keep `<id>.speech.npy` within a plain ustar header.
 ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_OTHER_FORMATS = {b"PAR1": "a parquet file", b"\x1f\x8b": "a gzip file (unpack it)",
+                  b"PK\3\4": "a zip file (unpack it)", b"\xff\xfe": "UTF-16 text (write it as UTF-8)",
+                  b"\xfe\xff": "UTF-16 text (write it as UTF-8)"}
 
 _TEXT_KEYS = ("id", "task", "target", "instruction", "question", "language", "speaker", "split")
 _KEYS = (*_TEXT_KEYS, "audio", "references", "duration", "meta")
@@ -48,6 +52,8 @@ def read_manifest(path: str | os.PathLike[str]) -> Iterator[Record]:
         ManifestError: the message starts with `file:line:` and names the key and the cure.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ManifestError(f"{path}: is a folder; name the manifest in it (a .jsonl file)")
     first_line: dict[str, int] = {}
     with path.open("rb") as file:
         for number, line in _numbered_lines(path, file):
@@ -124,6 +130,8 @@ def record_from_json(text: bytes, need_audio: bool = True) -> Record:
     """
     if len(text) > MAX_LINE_BYTES:
         raise ManifestError(f"longer than {MAX_LINE_BYTES} bytes; one record is one short line")
+    if b"\0" in text:
+        raise ManifestError("not JSON: holds NUL bytes, as after a crash while it was written; write it again")
     try:
         fields = _DECODER.decode(text.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -200,12 +208,31 @@ def _numbered_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if reason := _other_format(line):
+                raise ManifestError(f"{path}: {reason}; a manifest is JSON lines: one JSON object a line and sample, "
+                                    'such as {"id": "a1", "audio": "a.wav", "task": "asr", "target": "hello"}')
         if len(line) > MAX_LINE_BYTES:
             raise ManifestError(
                 f"{path}:{number}: line longer than {MAX_LINE_BYTES} bytes; a record is short"
             )
         if line.strip():
             yield number, line
+
+
+def _other_format(line: bytes) -> str:
+    """What a file that begins with this line is, where it is no JSON lines as people know them by name; else empty."""
+    for start, name in _OTHER_FORMATS.items():
+        if line.startswith(start):
+            return f"this is {name}"
+    text = line.strip()
+    if text in (b"[", b"[{") or text.startswith(b"[{"):
+        return "this is one JSON list"
+    if text == b"{":
+        return "this is JSON over several lines"
+    is_table = any(sign in text for sign in (b"\t", b",", b";")) and text[:1] not in b"{["
+    return "this looks like a table (csv or tsv)" if is_table else ""
 
 
 def _with_absolute_audio(record: Record, folder: Path) -> Record:
@@ -241,8 +268,8 @@ def _check_record(record: Record, need_audio: bool) -> None:
 
 
 def _is_text(value: object) -> bool:
-    """Tell whether a JSON value is text that can be written again (JSON can spell lone surrogates)."""
-    return isinstance(value, str) and not _SURROGATE.search(value)
+    """Tell whether a JSON value is text that can be written again (JSON can spell lone surrogates and NUL)."""
+    return isinstance(value, str) and not _NO_TEXT.search(value)
 
 
 def _strings(fields: dict[str, Any], key: str) -> tuple[str, ...]:

@@ -85,22 +85,46 @@ def _members(block: bytes, name: str) -> dict[str, bytes]:
         # Zeros end a tar. We go from header to header ourselves: no link, long name or sparse map is ever followed.
         while block[start : start + 1].strip(b"\0"):
             member, kind, size = _header(block[start : start + tarfile.BLOCKSIZE])
+            if size > len(block):
+                raise ShardError(f"tar member {member[:100]!r} claims {size} bytes")
+            after = start + tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if _is_remark(member, kind, block[start + tarfile.BLOCKSIZE :][:size]):
+                start = after
+                continue
             suffix = allowed.get(member)
             if suffix is None or suffix in found or kind not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                 raise ShardError(f"unexpected tar member {member[:100]!r} (type {kind!r})")
-            if size > (MAX_LINE_BYTES if suffix == "json" else len(block)):
+            if suffix == "json" and size > MAX_LINE_BYTES:
                 raise ShardError(f"tar member {member!r} claims {size} bytes")
-            start += tarfile.BLOCKSIZE
-            found[suffix] = block[start : start + size]
+            found[suffix] = block[start + tarfile.BLOCKSIZE :][:size]
             if len(found[suffix]) != size:
                 raise ShardError(f"tar member {member!r} is cut short")
-            start += -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            start = after
     except tarfile.HeaderError as error:
         raise ShardError(f"garbage after its last tar member ({error}); copy or write the shard anew" if found else
                          f"not a tar at its byte range ({error}); copy or write the shard anew") from None
     if block.count(0, start) != max(0, len(block) - start):
         raise ShardError("garbage after its last tar member; copy or write the shard anew")
     return found
+
+
+def _is_remark(member: str, kind: bytes, content: bytes) -> bool:
+    """Whether a member says something about another one and may be passed over: times (pax), a Mac's attributes.
+
+    Raises:
+        ShardError: a pax header that gives the next member another name or size.
+    """
+    if kind in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        return member.rpartition("/")[2].startswith("._")
+    if kind not in (tarfile.XHDTYPE, tarfile.XGLTYPE):
+        return False
+    keys = {line.partition(b"=")[0].partition(b" ")[2] for line in content.split(b"\n")}
+    bound = sorted(key.decode("ascii", "replace") for key in keys if key in (b"path", b"size", b"linkpath")
+                   or key.startswith(b"GNU.sparse"))
+    if bound:
+        raise ShardError(f"a pax header sets {bound[0]!r} of a tar member; write the shard with "
+                         "tools/shard_dataset.py, or with plain ustar headers (tar --format=ustar)")
+    return True
 
 
 def _header(header: bytes) -> tuple[str, bytes, int]:

@@ -80,7 +80,23 @@ FRAMES = encode_features(np.ones((25, WIDTH)))
 GOOD = [member("x.flac", FLAC), member("x.json", RECORD), member("x.speech.npy", FRAMES)]
 FLIPPED = FLAC[: len(FLAC) // 2] + bytes([FLAC[len(FLAC) // 2] ^ 16]) + FLAC[len(FLAC) // 2 + 1 :]
 
+def pax(**records: str) -> tuple[tarfile.TarInfo, bytes]:
+    """An extended header as `tar --format=pax` writes it before a member."""
+    lines = [f" {key.replace('_', '.')}={value}\n" for key, value in records.items()]
+    return member("PaxHeaders/x", "".join(f"{len(line) + 2}{line}" for line in lines).encode(), tarfile.XHDTYPE)
+
+
+REMARKS = {
+    "pax times": [part for row in GOOD for part in (pax(mtime="1700000000.5", atime="1700000000.5"), row)],
+    "a Mac's attributes": [part for row in GOOD for part in (member(f"._{row[0].name}", b"\0\5\x16\7" * 50), row)],
+}
+
 HOSTILE = {
+    "pax name": ([pax(mtime="1700000000.5"), *GOOD[:2], pax(path="../x.json"), GOOD[2]],
+                 "a pax header sets 'path' of a tar member; write the shard with"),
+    "pax size": ([pax(size="9999"), *GOOD], "a pax header sets 'size'"),
+    "sparse": ([pax(GNU_sparse_major="1"), *GOOD], "a pax header sets 'GNU.sparse.major'"),
+    "a link named as attributes": ([*GOOD, member("._x.json", kind=tarfile.SYMTYPE, linkname="x")], "type b'2'"),
     "pickle member": ([*GOOD, member("x.pickle", b"P")], "unexpected tar member 'x.pickle'"),
     "pyd member": ([*GOOD, member("x.pyd", b"P")], "unexpected tar member 'x.pyd'"),
     "pth member": ([*GOOD, member("x.pth", b"P")], "unexpected tar member 'x.pth'"),
@@ -130,6 +146,12 @@ def test_hostile_members_are_refused(tmp_path: Path, name: str) -> None:
 def test_good_members_pass_the_same_road(tmp_path: Path) -> None:
     sample = hostile_set(tmp_path / "set", GOOD).read_sample(0, 0, want="both")
     assert sample.record.target == "hi"
+
+
+@pytest.mark.parametrize("name", REMARKS)
+def test_what_other_programs_add_to_a_tar_is_passed_over(tmp_path: Path, name: str) -> None:
+    sample = hostile_set(tmp_path / "set", REMARKS[name]).read_sample(0, 0, want="both")
+    assert sample.record.target == "hi" and sample.waveform is not None
 
 
 @pytest.mark.parametrize("suffix", ["pickle", "pyd", "pth", "speech.npy", "json"])

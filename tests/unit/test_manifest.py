@@ -63,8 +63,38 @@ def test_empty_lines_are_skipped_and_counted(tmp_path: Path) -> None:
         list(read_manifest(path))
 
 
+def test_marks_and_line_ends_change_nothing(tmp_path: Path) -> None:
+    rows = [{**GOOD, "id": name, "target": "über\u2028zwei"} for name in ("a", "b")]
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    expected = list(read_manifest(write_lines(tmp_path, *lines)))
+    assert [record.target for record in expected] == ["über\u2028zwei"] * 2
+    for start, end in ((b"\xef\xbb\xbf", b"\n"), (b"\xef\xbb\xbf", b"\r\n"), (b"", b"\r\n")):
+        (tmp_path / "m.jsonl").write_bytes(start + end.join([*lines, b""]))
+        assert list(read_manifest(tmp_path / "m.jsonl")) == expected
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"path,text\na.wav,hello\n", r"this looks like a table \(csv or tsv\)"),
+    (b"\xef\xbb\xbfpath\ttext\n", r"this looks like a table \(csv or tsv\)"),
+    (b"PAR1\x15\x04", "this is a parquet file"),
+    (b"\x1f\x8b\x08", r"this is a gzip file \(unpack it\)"),
+    (json.dumps([GOOD]).encode(), "this is one JSON list"),
+    (json.dumps([GOOD], indent=1).encode(), "this is one JSON list"),
+    (json.dumps(GOOD, indent=1).encode(), "this is JSON over several lines"),
+    (json.dumps(GOOD).encode("utf-16"), r"this is UTF-16 text \(write it as UTF-8\)"),
+])
+def test_another_format_is_called_by_its_name(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "m.jsonl").write_bytes(content)
+    with pytest.raises(ManifestError, match=rf"^{tmp_path}/m\.jsonl: {message}; a manifest is JSON lines: "):
+        list(read_manifest(tmp_path / "m.jsonl"))
+    with pytest.raises(ManifestError, match=rf"^{tmp_path}: is a folder; name the manifest"):
+        list(read_manifest(tmp_path))
+
+
 BAD: list[tuple[str, object, str]] = [
     ("not json", b"{'id': 1}", "not JSON: .* at column 2"),
+    ("NUL", json.dumps(GOOD).encode() + b"\0" * 9, "not JSON: holds NUL bytes"),
+    ("NUL as JSON spells it", {"target": "a\0b"}, "key 'target': expected text"),
     ("a list", b"[1]", "expected a JSON object, found list"),
     ("not utf-8", json.dumps(GOOD).encode() + b"\xff", "not UTF-8 at byte"),
     ("deep", b"[" * 100_000, "nested too deeply"),
