@@ -32,17 +32,19 @@ class Task:
     """`choice`: a short answer out of a closed set, scored as right or wrong. `text`: anything."""
     choices: tuple[str, ...] = ()
     """The closed set where the task itself fixes it; empty where the data does (`meta.choices`)."""
+    one_line: bool = False
+    """An answer ends at its line's end: targets are learned as one line, and decoding stops there."""
 
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("asr", "Transcribe.", "wer", "lower", 160, 10, "text"),
-        Task("translation", "Translate.", "bleu", "higher", 160, 10, "text"),
+        Task("asr", "Transcribe.", "wer", "lower", 160, 10, "text", one_line=True),
+        Task("translation", "Translate.", "bleu", "higher", 160, 10, "text", one_line=True),
         Task("emotion", "Which emotion?", "accuracy", "higher", 6, 0, "choice"),
         Task("speaker_verification", "Same speaker?", "accuracy", "higher", 4, 0, "choice", ("yes", "no")),
         Task("speech_qa", "", "accuracy", "higher", 24, 0, "choice"),
-        Task("caption", "Describe the sound.", "cider_d", "higher", 40, 0, "text"),
+        Task("caption", "Describe the sound.", "cider_d", "higher", 40, 0, "text", one_line=True),
         Task("language_id", "Which language?", "accuracy", "higher", 6, 0, "choice"),
     )
 }
@@ -66,6 +68,12 @@ def get_task(name: str) -> Task:
     near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
     raise ListenError(f"unknown task {name[:80]!r}: {hint}")
+
+
+def target_for(record: Record) -> str:
+    """The text to learn: the first right answer, in one line where the task's answers are."""
+    target = record.answers[0]
+    return " ".join(target.split()) if get_task(record.task).one_line and len(target.splitlines()) > 1 else target
 
 
 def choices_for(record: Record) -> tuple[str, ...]:

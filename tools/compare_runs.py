@@ -23,7 +23,7 @@ from typing import Any
 from listen_dist.errors import ListenError
 from listen_dist.evaluation.bootstrap import compare
 from listen_dist.evaluation.predictions import Prediction, read_predictions
-from listen_dist.evaluation.scoring import LOWER, is_count, score_task
+from listen_dist.evaluation.scoring import is_count, lower_is_better, score_task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def compare_runs(a: Path, b: Path, tasks: Sequence[str] = ()) -> dict[str, dict[
     for task in dict.fromkeys(task for task, _ in first):
         rows = [(row, second[key]) for key, row in first.items() if key[0] == task]
         scores = [score_task(task, side) for side in zip(*rows, strict=True)]
-        found[task] = {name: {"samples": len(rows), "better": "lower" if name in LOWER else "higher",
+        found[task] = {name: {"samples": len(rows), "better": "lower" if lower_is_better(name) else "higher",
                               **asdict(compare(figure, scores[1].figures[name]))}
                        for name, figure in scores[0].figures.items()
                        if name in scores[1].figures and not is_count(name)}

@@ -46,7 +46,7 @@ from listen_dist.data.text import TextEncoder
 from listen_dist.errors import ListenError
 from listen_dist.schema import DataConfig
 from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch, LoaderState, Record, SkippedSample
-from listen_dist.tasks import choices_for
+from listen_dist.tasks import choices_for, target_for
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -129,7 +129,7 @@ class BatchReader(Dataset[Batch]):
         """Stages 2 and 3."""
         packed = self.indexes[ref.set].fetch_sample(ref.shard, ref.row)
         record, config = packed.record, self._config
-        target = self._text.target_ids(record.answers[0]) if self._with_targets else []
+        target = self._text.target_ids(target_for(record)) if self._with_targets else []
         if len(target) > config.max_target_tokens:
             raise ShardError(f"target of {len(target)} tokens is above data.max_target_tokens = "
                              f"{config.max_target_tokens}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from functools import cached_property
+
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from listen_dist.schema import ModelConfig
@@ -43,6 +46,14 @@ class TextEncoder:
     def target_ids(self, text: str) -> list[int]:
         """A target with EOS behind it."""
         return [*self._ids(text), self.frame.eos]
+
+    @cached_property
+    def line_ends(self) -> tuple[int, ...]:
+        """All tokens that end a line."""
+        # As byte-level and SentencePiece vocabularies write a line end, or as it is; decoding tells for sure.
+        marks = ("\u010a", "\u010d", "<0x0A>", "<0x0D>", "\n", "\r")
+        tokens = [i for piece, i in self._tokenizer.get_vocab().items() if any(mark in piece for mark in marks)]
+        return tuple(sorted(i for i in tokens if i != self.frame.eos and re.search(r"[\r\n]", self.piece(i))))
 
     def decode(self, ids: list[int]) -> str:
         """Generated ids as text, special tokens dropped."""

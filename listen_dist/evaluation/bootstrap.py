@@ -24,6 +24,8 @@ class Figure:
     clips: int
     of: Callable[[np.ndarray], np.ndarray]
     """From counts [R, clips], how often each clip is taken, to R values; NaN where a draw allows none."""
+    each: tuple[float, ...] = ()
+    """Every clip's own value, where the figure is a sum over a sum; NaN or infinite where nothing is below."""
 
     @property
     def value(self) -> float:
@@ -50,10 +52,12 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float] | None = No
     below = np.ones_like(above) if denominators is None else np.asarray(denominators, dtype=np.float64)
 
     def of(counts: np.ndarray) -> np.ndarray:
+        size = counts @ below
         with np.errstate(divide="ignore", invalid="ignore"):
-            return counts @ above / (counts @ below)
+            return np.where(size > 0, counts @ above / size, np.nan)
 
-    return Figure(len(above), of)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Figure(len(above), of, tuple((above / below).tolist()))
 
 
 def total(amounts: Sequence[float]) -> Figure:

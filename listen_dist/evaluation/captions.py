@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from whisper_normalizer.basic import BasicTextNormalizer
-
 from listen_dist.evaluation.bootstrap import Figure, ratio
+from listen_dist.evaluation.wording import nfc, normalize, words
 
-TOKENIZERS = {"cider_d": "Whisper's basic normalisation, split at spaces",
-              "rouge_l": "Whisper's basic normalisation, split at spaces",
+_SPLIT = "Whisper's basic normalisation, split at spaces and around each character of a script without them"
+TOKENIZERS = {"cider_d": _SPLIT, "rouge_l": _SPLIT,
               "cider_d_ptb": "PTB", "meteor": "PTB", "spice": "PTB", "spider": "PTB"}
 WITH_JAVA = ("cider_d_ptb", "meteor", "spice", "spider")
 FAILURES = (OSError, RuntimeError, ValueError, subprocess.SubprocessError)
@@ -46,9 +45,8 @@ def caption_figures(hypotheses: Sequence[str], references: Sequence[Sequence[str
     """
     from aac_metrics.functional import cider_d, rouge_l  # takes seconds to import
 
-    normalizer = BasicTextNormalizer()
-    said = [normalizer(text).strip() for text in hypotheses]
-    meant = [[normalizer(text).strip() or "(none)" for text in row] for row in references]
+    said = [words(normalize(text, "basic")) for text in hypotheses]
+    meant = [[words(normalize(text, "basic")) or "(none)" for text in row] for row in references]
     figures: dict[str, Figure] = {}
     left_out: dict[str, str] = {}
     if len(said) > 1:
@@ -136,4 +134,4 @@ def _reason(where: str, error: Exception) -> str:
 
 def _line(text: str) -> str:
     """One line, since the tools count lines, without the bars that divide METEOR's fields; never empty."""
-    return " ".join(text.replace("|", " ").split()) or "."
+    return " ".join(nfc(text).replace("|", " ").split()) or "."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -109,7 +110,7 @@ class Decoder:
         likelihoods, matched = self.parts.model.score(batch, self.k)
         return [Prediction(batch.ids[i], batch.tasks[i], batch.choices[i][int(row.argmax())], batch.answers[i],
                            tuple(matched.indices[i].tolist()), tuple(matched.scores[i].tolist()), batch.choices[i],
-                           tuple(row.tolist()))
+                           tuple(row.tolist()), batch.languages[i])
                 for i, row in enumerate(likelihoods)]
 
     def generate(self, batch: Batch, limit: int | None = None, **options: object) -> list[Prediction]:
@@ -120,13 +121,23 @@ class Decoder:
             options: for Hugging Face's `generate`.
         """
         limits = [limit or token_limit(task, seconds) for task, seconds in zip(batch.tasks, batch.seconds, strict=True)]
-        config = self.config
-        free = get_task(batch.tasks[0]).answers == "text"
+        config, text, task = self.config, self.parts.text, get_task(batch.tasks[0])
+        free, stops = task.answers == "text", text.line_ends if task.one_line else ()
         ids, matched = self.parts.model.generate(
-            batch, self.k, limits, num_beams=config.beams,
+            batch, self.k, limits, stops, num_beams=config.beams,
             repetition_penalty=config.repetition_penalty if free else 1.0,
             no_repeat_ngram_size=config.no_repeat_ngram_size if free else 0,
             length_penalty=config.length_penalty if config.beams > 1 else None, synced_gpus=not self.whole, **options)
-        return [Prediction(batch.ids[i], batch.tasks[i], self.parts.text.decode(row), batch.answers[i],
-                           tuple(matched.indices[i].tolist()), tuple(matched.scores[i].tolist()), batch.choices[i])
+
+        def ended(row: list[int], limit: int) -> str:
+            return "line" if row and row[-1] in stops else "limit" if len(row) >= limit else "eos"
+
+        return [Prediction(batch.ids[i], batch.tasks[i], first_line(text.decode(row)) if stops else text.decode(row),
+                           batch.answers[i], tuple(matched.indices[i].tolist()), tuple(matched.scores[i].tolist()),
+                           batch.choices[i], language=batch.languages[i], ended=ended(row, limits[i]))
                 for i, row in enumerate(ids)]
+
+
+def first_line(text: str) -> str:
+    """What stands before the first line end."""
+    return re.split(r"[\r\n]", text.strip(), maxsplit=1)[0].strip()

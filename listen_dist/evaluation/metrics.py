@@ -8,58 +8,65 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import jiwer
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
-from whisper_normalizer.basic import BasicTextNormalizer
-from whisper_normalizer.english import EnglishTextNormalizer
 
+from listen_dist.errors import ListenError
 from listen_dist.evaluation.bootstrap import Figure, ratio, total
 from listen_dist.evaluation.captions import caption_figures
+from listen_dist.evaluation.wording import bleu_tokenizer, letters, nfc, normalize, rules_for, words
 
-NORMALIZERS = {"english": "Whisper's English rules (numbers, spelling, fillers)",
-               "basic": "Whisper's basic rules (lower case, no punctuation)"}
-
-
-@cache
-def _normalizer(language: str) -> EnglishTextNormalizer | BasicTextNormalizer:
-    return EnglishTextNormalizer() if language == "english" else BasicTextNormalizer()
+EDITS = ("insertion", "deletion", "substitution")
 
 
-def normalize(text: str, language: str = "english") -> str:
-    """Whisper's text normalisation: English rules (numbers, spelling, fillers) or the basic ones."""
-    return _normalizer(language)(text).strip()
+class NoWordsError(ListenError):
+    """No reference holds a word, so that no error rate exists."""
 
 
-def wer_scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def wer_scores(hypotheses: Sequence[str], references: Sequence[str], languages: Sequence[str] = ()) -> dict[str, float]:
     """Word and character error rate over the whole corpus, both sides normalised as Whisper does.
 
-    WER = (insertions + deletions + substitutions) / reference words; it can pass 1. `wer` and `cer` follow
-    the English rules, `wer_basic` and `cer_basic` the basic ones (for other languages). What is said to a
-    reference without words counts as insertions.
+    WER = (insertions + deletions + substitutions) / reference words; it can pass 1. `wer` and `cer` follow each
+    clip's language (see `wording.rules_for`), `wer_basic` and `cer_basic` the basic rules for all. What is said
+    to a reference without words counts as insertions. A character of a script without spaces counts as a word.
+
+    Args:
+        languages: of the references, as `en` or `zh-CN`; empty where unknown.
 
     Raises:
-        ValueError: lengths differ, or no reference has a word left after normalisation.
+        ValueError: lengths differ.
+        NoWordsError: no reference has a word left after normalisation.
     """
-    return values(wer_figures(hypotheses, references))
+    return values(wer_figures(hypotheses, references, languages))
 
 
-def wer_figures(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, Figure]:
+def wer_figures(hypotheses: Sequence[str], references: Sequence[str], languages: Sequence[str] = (),
+                ) -> dict[str, Figure]:
     same_length(hypotheses, references)
+    languages = languages or [""] * len(references)
+    rules = [rules_for(*row) for row in zip(languages, references, strict=True)]
     figures: dict[str, Figure] = {}
-    for language, suffix in (("english", ""), ("basic", "_basic")):
-        hyp, ref = ([normalize(text, language) for text in side] for side in (hypotheses, references))
+    for suffix, chosen in (("", rules), ("_basic", ["basic"] * len(rules))):
+        hyp, ref = ([normalize(*row) for row in zip(side, chosen, strict=True)] for side in (hypotheses, references))
         if not any(ref):
-            raise ValueError("wer_scores: no reference with a word in it")
-        words, characters = jiwer.process_words(ref, hyp), jiwer.process_characters(ref, hyp)
-        word_edits, letter_edits = _edits(words), _edits(characters)
-        figures[f"wer{suffix}"] = ratio(word_edits.sum(1).tolist(), [len(row) for row in words.references])
-        figures[f"cer{suffix}"] = ratio(letter_edits.sum(1).tolist(), [len(row) for row in characters.references])
-        for column, kind in enumerate(("insertions", "deletions", "substitutions")):
-            figures[f"{kind}{suffix}"] = total(word_edits[:, column].tolist())
-            figures[f"character_{kind}{suffix}"] = total(letter_edits[:, column].tolist())
+            raise NoWordsError("no reference has a word left once it is normalised")
+        by_word = jiwer.process_words([words(text) for text in ref], [words(text) for text in hyp])
+        by_letter = jiwer.process_characters([letters(text) for text in ref], [letters(text) for text in hyp])
+        figures |= _edit_figures(by_word, "wer", "reference_words", "", suffix)
+        figures |= _edit_figures(by_letter, "cer", "reference_characters", "character_", suffix)
+    return figures
+
+
+def _edit_figures(output: jiwer.WordOutput | jiwer.CharacterOutput, rate: str, size: str, prefix: str, suffix: str,
+                  ) -> dict[str, Figure]:
+    """An error rate, and its three parts: as counts and as shares of what the references hold."""
+    edits, sizes = _edits(output), [len(row) for row in output.references]
+    figures = {f"{rate}{suffix}": ratio(edits.sum(1).tolist(), sizes), f"{size}{suffix}": total(sizes)}
+    for column, kind in zip(edits.T.tolist(), EDITS, strict=True):
+        figures[f"{prefix}{kind}s{suffix}"] = total(column)
+        figures[f"{prefix}{kind}_share{suffix}"] = ratio(column, sizes)
     return figures
 
 
@@ -108,7 +115,7 @@ def choice_figures(hypotheses: Sequence[str], references: Sequence[str],
 
 def _answer_key(text: str) -> str:
     """What two equal answers have in common. Without its signs "+" would equal "-"."""
-    return normalize(text, "basic") or text.strip()
+    return normalize(text, "basic") or nfc(text).strip()
 
 
 def equal_error_rate(scores: Sequence[float], is_target: Sequence[bool]) -> float:
@@ -152,26 +159,30 @@ def bleu_scores(hypotheses: Sequence[str], references: Sequence[str], tokenize: 
     """Corpus BLEU and chrF by sacrebleu, both 0 … 100.
 
     Args:
-        tokenize: sacrebleu's tokenizer; default: `zh` where most references hold Chinese characters, else `13a`.
+        tokenize: sacrebleu's tokenizer; default: by the references' script.
     """
     return values(bleu_figures(hypotheses, references, tokenize)[0])
 
 
 def bleu_figures(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "",
                  ) -> tuple[dict[str, Figure], dict[str, str]]:
-    """The figures, and sacrebleu's signature of each."""
+    """The figures, and of each sacrebleu's signature and, for BLEU, why it splits words so."""
     same_length(hypotheses, references)
-    figures, signatures = {}, {}
-    for name, metric in (("bleu", BLEU(tokenize=tokenize or _tokenizer_for(references))), ("chrf", CHRF())):
-        figures[name] = _sacrebleu_figure(metric, hypotheses, references)
-        signatures[name] = str(metric.get_signature())
-    return figures, signatures
+    said, meant = ([nfc(text) for text in side] for side in (hypotheses, references))
+    bleu, reason = (BLEU(tokenize=tokenize), "as asked for") if tokenize else _bleu_for(meant)
+    chrf = CHRF()
+    figures = {"bleu": _sacrebleu_figure(bleu, said, meant), "chrf": _sacrebleu_figure(chrf, said, meant)}
+    return figures, {"bleu": f"{bleu.get_signature()} ({reason})", "chrf": str(chrf.get_signature())}
 
 
-def _tokenizer_for(references: Sequence[str]) -> str:
-    """sacrebleu's `zh` where most references hold Chinese characters, else its default."""
-    chinese = sum(any("\u4e00" <= letter <= "\u9fff" for letter in text) for text in references)
-    return "zh" if 2 * chinese > len(references) else "13a"
+def _bleu_for(references: Sequence[str]) -> tuple[BLEU, str]:
+    """BLEU with the tokenizer for the references' script, and why it is that one."""
+    name, reason = bleu_tokenizer(references)
+    try:
+        return BLEU(tokenize=name), reason
+    except RuntimeError:  # MeCab is a package of its own
+        cure = f"pip install sacrebleu[{name.removesuffix('-mecab')}]"
+        return BLEU(tokenize="char"), f"{reason}; characters, because {name} is not here: {cure}"
 
 
 def _sacrebleu_figure(metric: BLEU | CHRF, hypotheses: Sequence[str], references: Sequence[str]) -> Figure:
@@ -192,7 +203,7 @@ def answer_figures(hypotheses: Sequence[str], references: Sequence[Sequence[str]
 
     said = [_answer_key(text) for text in hypotheses]
     meant = [[_answer_key(text) for text in row] for row in references]
-    _, rows = rouge_l(said, [[text or "(none)" for text in row] for row in meant])
+    _, rows = rouge_l([words(text) for text in said], [[words(text) or "(none)" for text in row] for row in meant])
     return {"exact_match": ratio([float(text in row) for text, row in zip(said, meant, strict=True)]),
             "rouge_l": ratio(rows["rouge_l"].tolist())}
 

@@ -37,6 +37,11 @@ class Prediction:
     """The closed set that the answer should come from; empty where there is none."""
     likelihoods: tuple[float, ...] = ()
     """log p(choice and EOS | input) of each, where `text` was chosen so; empty where it was generated."""
+    language: str = ""
+    """Of the record; empty where it doesn't say."""
+    ended: str = ""
+    """What ended a generated answer: `eos`, `line` (the model went on after a line's end; that is not in `text`) or
+    `limit` (of tokens); empty where it was chosen."""
 
 
 class PartialFile:

@@ -15,11 +15,11 @@ from listen_dist.data.manifest import file_sha256
 from listen_dist.data.shard_members import ShardError
 from listen_dist.data.shards import ShardIndex
 from listen_dist.evaluation.predictions import Prediction, to_lines, write_file
-from listen_dist.evaluation.scoring import check_references, entry_for
+from listen_dist.evaluation.scoring import check_references, entry_for, own_scores, score_task
 from listen_dist.schema import Config, ConfigError
 from listen_dist.structures import SkippedSample
 
-PACKAGES = ("jiwer", "whisper-normalizer", "sacrebleu", "aac-metrics", "torch", "transformers")
+PACKAGES = ("jiwer", "whisper-normalizer", "regex", "sacrebleu", "aac-metrics", "torch", "transformers")
 FREE = ("model.attention", "model.checkpointing", "model.compile", "model.dtype", "model.seed", "model.init_from",
         "model.init_projector", "pool.top_k", "pool.backend", "pool.train_k_max", "pool.stochastic_k",
         "pool.match_weight", "projector.freeze", "projector.init_from", "projector.start")
@@ -59,10 +59,17 @@ def score_and_write(folder: Path, suffix: str, facts: Mapping[str, Any], predict
         what results.json holds.
     """
     check_references(predictions)
-    names = dict.fromkeys(row.task for row in predictions)
-    tasks = {name: entry_for(name, [row for row in predictions if row.task == name]) for name in names}
+    tasks: dict[str, Any] = {}
+    own: dict[int, dict[str, float | None]] = {}
+    for name in dict.fromkeys(row.task for row in predictions):
+        places = [place for place, row in enumerate(predictions) if row.task == name]
+        rows = [predictions[place] for place in places]
+        scores = score_task(name, rows)
+        tasks[name] = entry_for(name, rows, scores)
+        own |= dict(zip(places, own_scores(scores, len(rows)), strict=True))
     results = {"format_version": 2, "tasks": tasks, "skipped": len(skipped), **facts}
-    write_file(folder / f"predictions{suffix}.jsonl", to_lines(predictions))
+    write_file(folder / f"predictions{suffix}.jsonl", "".join(
+        json.dumps(asdict(row) | own[place], ensure_ascii=False) + "\n" for place, row in enumerate(predictions)))
     write_file(folder / f"eval_skipped{suffix}.jsonl", to_lines(skipped))
     write_file(folder / f"results{suffix}.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     print(table(tasks), flush=True)
@@ -129,4 +136,24 @@ def table(tasks: Mapping[str, Any]) -> str:
         span = f"{low:.3f} … {high:.3f}"
         lines.append(f"{name:<22}{entry['samples']:>8}  {metric:<10}{ours:>8.3f}  {span:<18}{theirs:>8.3f}   "
                      f"{entry['baseline_name']} ({mark}; {entry['better']} is better)")
+        lines += [f"    {line}" for line in remarks(entry)]
     return "\n".join(lines)
+
+
+def remarks(entry: Mapping[str, Any]) -> list[str]:
+    """What a task's main figure alone hides: which mistakes there are, and answers that were cut."""
+    lines = []
+    metrics, by_letter = entry["metrics"], entry["metric"] == "cer"
+    if entry["metric"] in ("wer", "cer") and metrics:
+        prefix, unit = ("character_", "characters") if by_letter else ("", "words")
+        parts = (f"{int(metrics[f'{prefix}{kind}s'])} {kind}s ({100 * metrics[f'{prefix}{kind}_share']:.1f} %)"
+                 for kind in ("substitution", "deletion", "insertion"))
+        lines.append(f"of {int(metrics[f'reference_{unit}'])} reference {unit}: {', '.join(parts)}")
+    ended = entry.get("ended_by", {})
+    if ended.get("line"):
+        lines.append(f"{ended['line']} answers would have gone on after their line's end, and were cut there")
+    if ended.get("limit"):
+        lines.append(f"{ended['limit']} answers reached the limit of tokens")
+    if entry.get("references_without_words"):
+        lines.append(f"{entry['references_without_words']} references hold no word; what is said to them is insertions")
+    return lines

@@ -153,14 +153,15 @@ class Listen(nn.Module):
         return list(vectors.split([len(text) for text in texts]))
 
     @torch.no_grad()
-    def generate(self, batch: Batch, k: int, limits: Sequence[int], **options: object,
-                 ) -> tuple[list[list[int]], TopkMatch]:
+    def generate(self, batch: Batch, k: int, limits: Sequence[int], stops: Sequence[int] = (),
+                 **options: object) -> tuple[list[list[int]], TopkMatch]:
         """Decode every row.
 
         Args:
             batch: targets empty.
             k: prompts a row.
             limits: most tokens of each row's answer.
+            stops: tokens that end an answer as EOS does, but stay in it; never its first one.
             options: for Hugging Face's `generate` (num_beams …). `synced_gpus` is False by default (Hugging
                 Face would make ranks wait for each other under FSDP): right while weights are whole. With
                 sharded weights every rank must call this alike, with synced_gpus=True.
@@ -173,7 +174,7 @@ class Listen(nn.Module):
         out = self.llm.generate(  # type: ignore[operator]
             inputs_embeds=embeds, attention_mask=mask, do_sample=False, eos_token_id=self.frame.eos,
             pad_token_id=self.frame.pad, max_new_tokens=max(limits) + 1,
-            logits_processor=LogitsProcessorList([_RowLimits(limits, self.frame.eos)]),
+            logits_processor=LogitsProcessorList([_RowEnds(limits, stops, self.frame.eos)]),
             **{"synced_gpus": False, **options})
         return [_until(row, self.frame.eos) for row in out.tolist()], matched
 
@@ -211,21 +212,27 @@ class Listen(nn.Module):
         return list((-token_loss(logits, labels)).split(counts)), matched
 
 
-class _RowLimits(LogitsProcessor):
-    """Ends each row at its own limit with EOS.
+class _RowEnds(LogitsProcessor):
+    """Ends each row with EOS: at its own limit, and behind a token that stops it.
 
     Cutting the longer output would do for greedy decoding; but beams still compete after a row's
-    limit, so that its text would depend on how far the others of the batch may go.
+    end, so that its text would depend on how far the others of the batch may go.
     """
 
-    def __init__(self, limits: Sequence[int], eos: int) -> None:
+    def __init__(self, limits: Sequence[int], stops: Sequence[int], eos: int) -> None:
         self._limits = torch.tensor(limits)
+        self._stops = torch.tensor(stops, dtype=torch.long)
         self._eos = eos
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids [B · beams, generated so far], scores [B · beams, V]."""
         limits = self._limits.to(scores.device).repeat_interleave(len(scores) // len(self._limits))
         over = input_ids.shape[1] >= limits
+        stops = self._stops.to(scores.device)
+        if input_ids.shape[1]:
+            over = over | torch.isin(input_ids[:, -1], stops)
+        else:
+            scores = scores.index_fill(1, stops, -torch.inf)
         ended = torch.full_like(scores, -torch.inf)
         ended[:, self._eos] = 0
         return torch.where(over[:, None], ended, scores)

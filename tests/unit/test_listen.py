@@ -14,11 +14,11 @@ import torch
 from listen_dist.data.loader import BatchReader
 from listen_dist.data.mixture import SampleRef
 from listen_dist.engine.assembly import Parts, assemble
-from listen_dist.evaluation.decoding import Decoder
+from listen_dist.evaluation.decoding import Decoder, first_line
 from listen_dist.models.llm import load_llm
 from listen_dist.schema import EvalConfig
-from listen_dist.structures import Batch
-from listen_dist.tasks import token_limit
+from listen_dist.structures import Batch, Record
+from listen_dist.tasks import target_for, token_limit
 from tests import plain, tiny
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("one_thread")]
@@ -190,6 +190,42 @@ def test_a_rows_token_limit_is_its_own(parts_of: Any, beams: int) -> None:
     for row, ref in enumerate(refs):
         (alone,) = decoder(parts, beams=beams).answer(reader[[ref]])
         assert alone.text == together[row].text
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_an_answer_ends_with_its_line(parts_of: Any, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any token may play the line end for a random LLM; it ends its own row, and is never the first."""
+    parts = parts_of("mlp")
+    batch, singles = batch_and_singles(parts, with_targets=False)
+    limits = [12] * len(batch)
+    free, _ = parts.model.generate(batch, K, limits, num_beams=beams)
+    stop = next(row[4] for row in free if len(row) > 4 and row[4] != row[0])
+    cut, _ = parts.model.generate(batch, K, limits, [stop], num_beams=beams)
+    for row, single in enumerate(singles):
+        assert stop not in cut[row][:-1] and cut[row][0] != stop
+        assert parts.model.generate(single, K, limits[:1], [stop], num_beams=beams)[0] == [cut[row]]
+        if beams == 1 and stop in free[row][1:] and free[row][0] != stop:
+            assert cut[row] == free[row][: free[row].index(stop) + 1]
+    assert any(row[-1] == stop for row in cut)
+    reader = reader_of(parts, with_targets=False)
+    asr = reader[[SampleRef(0, 0, 0)]]
+    (whole,) = decoder(parts).answer(asr)
+    assert whole.ended in ("limit", "eos") and "\n" not in whole.text and whole.language == "en"
+    ids = parts.model.generate(asr, K, [token_limit("asr", asr.seconds[0])])[0][0]
+    monkeypatch.setitem(parts.text.__dict__, "line_ends", (ids[2],) if ids[2] != ids[0] else (ids[3],))
+    (short,) = decoder(parts).answer(asr)
+    assert short.ended == "line" and whole.text.startswith(short.text) and len(short.text) < len(whole.text)
+
+
+def test_line_ends_are_found_and_not_learned(parts_of: Any) -> None:
+    text = parts_of("mlp").text
+    assert {text.piece(token) for token in text.line_ends} == {"\n", "\r"}
+    assert [first_line(said) for said in (
+        "there's good.\n\nIn this example, a verb", "\n one\r\ntwo", "", "a\u2028b")] == [
+        "there's good.", "one", "", "a\u2028b"]
+    assert target_for(Record("a", (), "asr", "one\n two\r\n")) == "one two"
+    assert target_for(Record("a", (), "speech_qa", "one\ntwo")) == "one\ntwo"
+    assert target_for(Record("a", (), "asr", "one  two ")) == "one  two "
 
 
 def test_greedy_decoding_equals_a_plain_loop(parts_of: Any) -> None:

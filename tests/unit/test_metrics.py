@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +14,8 @@ from sklearn.metrics import roc_curve
 
 from listen_dist.evaluation import captions
 from listen_dist.evaluation.metrics import (
+    NoWordsError,
+    bleu_figures,
     bleu_scores,
     caption_scores,
     choice_scores,
@@ -18,6 +23,7 @@ from listen_dist.evaluation.metrics import (
     normalize,
     wer_scores,
 )
+from listen_dist.evaluation.wording import words
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -70,8 +76,45 @@ def test_basic_normalisation_leaves_words_alone() -> None:
 def test_words_said_to_a_reference_without_words_count_and_no_words_at_all_is_an_error() -> None:
     assert wer_scores(["x y", "cat"], ["(music)", "cat"])["wer"] == 2
     assert wer_scores(["", "cat"], ["(music)", "cat"])["wer"] == 0
-    with pytest.raises(ValueError, match="no reference with a word"):
+    with pytest.raises(NoWordsError, match="no reference has a word left"):
         wer_scores(["x"], ["(music)"])
+
+
+@pytest.mark.parametrize("language, said, meant", [
+    ("hi", "किताब", "कतब"), ("hi", "की", "का"), ("ml", "കാ", "കി"), ("th", "ดี", "ดา"), ("ar", "كَتَبَ", "كُتِبَ"),
+    ("ta", "கா", "கீ"), ("de", "schön", "schon"), ("fr", "pêche", "péché"), ("", "की", "का"),
+])
+def test_marks_that_make_another_word_count(language: str, said: str, meant: str) -> None:
+    scores = wer_scores([said], [meant], [language])
+    assert scores["wer"] == 1 and scores["cer"] > 0 and scores["wer_basic"] == 1
+    assert choice_scores([said], [meant])["accuracy"] == 0
+    same = wer_scores([unicodedata.normalize("NFD", meant)], [unicodedata.normalize("NFC", meant)], [language])
+    assert same["wer"] == same["cer"] == 0
+
+
+def test_english_rules_are_for_english() -> None:
+    assert wer_scores(["Twenty-one colours, um"], ["21 colors"], ["en-GB"])["wer"] == 0
+    assert wer_scores(["sieben um zehn"], ["sieben zehn"], ["de"])["insertions"] == 1
+    assert wer_scores(["sieben um zehn"], ["sieben zehn"])["insertions"] == 0, "a language of its own says what it is"
+    assert wer_scores(["İstanbul ❤️ co\u00adop"], ["istanbul coop"], ["tr"])["wer"] == 0
+
+
+@pytest.mark.parametrize("language, said, meant", [
+    ("zh-CN", "我喜欢学习中文", "我喜欢学中文"), ("ja", "今日はいい天気だ", "今日は良い天気だ"),
+    ("th", "สวัสดีครับ", "สวัสดีคะ"), ("my", "မင်္ဂလာပါ", "မင်္ဂလာ"), ("km", "សួស្តី", "សួស្ត"), ("lo", "ສະບາຍດີ", "ສະບາຍ"),
+    ("yue", "2008年好", "2008年好嗎"),
+])
+def test_characters_are_words_where_no_space_divides_them(language: str, said: str, meant: str) -> None:
+    scores = wer_scores([said], [meant], [language])
+    assert 0 < scores["wer"] < 0.8 and scores["reference_words"] >= 2
+    assert wer_scores([words(said)], [meant], [language]) == scores and " " in words(said), "spaces mean nothing"
+    assert choice_scores([said], [meant])["accuracy"] == 0
+
+
+def test_made_up_words_are_counted_apart() -> None:
+    scores = wer_scores(["there is good you know what i mean", "b"], ["there is good", "a"], ["en", "en"])
+    assert (scores["insertions"], scores["substitutions"], scores["reference_words"]) == (5, 1, 4)
+    assert (scores["insertion_share"], scores["substitution_share"], scores["deletion_share"]) == (5 / 4, 1 / 4, 0)
 
 
 def test_accuracy_weighted_and_not() -> None:
@@ -108,6 +151,21 @@ def test_bleu_and_chinese() -> None:
     assert bleu_scores(said, meant) == bleu_scores(said, meant, "zh") != bleu_scores(said, meant, "13a")
     said, meant = ["hello, my friend at sea"], ["hello, my friend at 海"]  # half of the texts is not most
     assert bleu_scores(said * 2, meant + said) == bleu_scores(said * 2, meant + said, "13a")
+
+
+@pytest.mark.parametrize("text, near, tokenizer", [
+    ("今日はとても良い天気ですね", "今日はとてもいい天気ですね", "ja-mecab|char"),
+    ("สวัสดีครับ ยินดีต้อนรับ", "สวัสดีคะ ยินดีต้อนรับ", "char"),
+    ("오늘은 날씨가 아주 좋습니다", "오늘은 날씨가 매우 좋습니다", "ko-mecab|char"),
+    ("我喜欢学习中文", "我喜欢学中文", "zh"),
+    ("où êtes-vous, mes amis ?", "où êtes-vous, mes chers amis ?", "13a"),
+    ("привет, мои дорогие друзья и братья", "привет, мои дорогие друзья и сёстры", "13a"),
+])
+def test_bleu_splits_as_the_language_does(text: str, near: str, tokenizer: str) -> None:
+    figures, how = bleu_figures([near], [text])
+    assert 20 < figures["bleu"].value < 100 and re.search(rf"tok:({tokenizer})\b", how["bleu"]), how
+    apart, composed = unicodedata.normalize("NFD", text), unicodedata.normalize("NFC", text)
+    assert bleu_scores([apart], [composed]) == {"bleu": pytest.approx(100), "chrf": pytest.approx(100)}
 
 
 @pytest.fixture

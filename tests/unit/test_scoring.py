@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from listen_dist.errors import ListenError
+from listen_dist.evaluation.metrics import wer_scores
 from listen_dist.evaluation.predictions import Prediction
 from listen_dist.evaluation.results import table
-from listen_dist.evaluation.scoring import baseline_for, entry_for, score_task
+from listen_dist.evaluation.scoring import baseline_for, entry_for, own_scores, score_task
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -67,6 +70,34 @@ def test_chinese_is_split_as_chinese() -> None:
     assert "tok:zh" in scores.computed_by["bleu"] and "version:" in scores.computed_by["chrf"]
 
 
+def transcripts(said: list[str], meant: list[str], language: str) -> list[Prediction]:
+    return [replace(row, language=language) for row in rows("asr", said, [(text,) for text in meant])]
+
+
+def test_the_main_figure_and_the_rules_follow_the_language() -> None:
+    chinese = score_task("asr", transcripts(["我喜欢学习中文"], ["我喜欢学中文"], "zh"))
+    assert chinese.metric == "cer" and chinese.figures["cer"].value == pytest.approx(1 / 6)
+    assert "written without spaces" in chinese.computed_by["cer"] and "basic rules" in chinese.computed_by["cer"]
+    english = score_task("asr", transcripts(["colour"], ["color"], "en"))
+    assert english.metric == "wer" and english.figures["wer"].value == 0 and english.figures["wer_basic"].value == 1
+    assert english.computed_by["wer"] == "Whisper's English rules (numbers, spelling, fillers): 1 clips"
+    nameless = score_task("asr", transcripts(["colour", "की"], ["color", "की"], "")).computed_by["wer"]
+    assert "English rules (numbers, spelling, fillers): 1 clips; Whisper's basic" in nameless
+    assert "2 of them name no language, and English was taken where all letters are Latin" in nameless
+
+
+def test_references_without_words_are_counted_and_alone_give_no_figure() -> None:
+    mixed = transcripts(["so said the cat", "a dog", ""], ["[noise]", "a cat", "♪"], "en")
+    entry = entry_for("asr", mixed)
+    assert entry["metrics"]["insertions"] == 4 and entry["metrics"]["wer"] == 5 / 2
+    assert entry["references_without_words"] == 2 and "2 references hold no word" in table({"asr": entry})
+    assert own_scores(score_task("asr", mixed), 3) == [{"wer": None}, {"wer": 0.5}, {"wer": None}]
+    alone = entry_for("asr", mixed[::2])
+    assert alone["metrics"] == {} and alone["not_computed"] == {
+        "wer": "not computed, because no reference has a word left once it is normalised"}
+    assert "not computed, because no reference" in table({"asr": alone})
+
+
 def test_a_missing_reference_is_refused() -> None:
     for answers in ((), ("",), ("a", " ")):
         with pytest.raises(ListenError, match="sample 'asr-0' has no reference"):
@@ -83,7 +114,13 @@ def test_the_table_says_which_is_better_and_how_sure() -> None:
 
     alone = {"samples": 1, "metric": "cider_d", "better": "higher", "metrics": {}, "baseline": {},
              "not_computed": {"cider_d": "not computed, because it needs two samples or more"}}
-    text = table({"asr": entry("wer", "lower", 0.3, 1.0), "emotion": entry("accuracy", "higher", 0.3, 0.5),
-                  "language_id": entry("accuracy", "higher", 0.5, 0.5), "caption": alone}).splitlines()
+    heard = entry("wer", "lower", 0.3, 1.0) | {"ended_by": {"eos": 1, "line": 1, "limit": 1}}
+    heard["metrics"] = wer_scores(["a b c d e", "x"], ["a b c", "y z"]) | {"wer": 0.3}  # type: ignore[operator]
+    text = table({"asr": heard, "emotion": entry("accuracy", "higher", 0.3, 0.5),
+                  "language_id": entry("accuracy", "higher", 0.5, 0.5), "caption": alone})
+    assert "of 5 reference words: 1 substitutions (20.0 %), 1 deletions (20.0 %), 2 insertions (40.0 %)\n" in text
+    assert "1 answers would have gone on after their line's end, and were cut there\n" in text
+    assert "1 answers reached the limit of tokens\n" in text
+    text = [line for line in text.splitlines() if not line.startswith(" ")]
     assert "(better;" in text[1] and "(NOT better;" in text[2] and "(NOT better;" in text[3]
     assert "0.200 … 0.400" in text[1] and "not computed, because" in text[4]
