@@ -88,7 +88,7 @@ def topk_match_query(
 
 
 def choose_backend(backend: Backend, device: torch.device) -> Literal["triton", "reference"]:
-    """The backend that runs; "auto" says once which one it took and why.
+    """The backend that runs; "auto" says once which one it took and why, and on a GPU checks the kernels first.
 
     Raises ValueError for another name, RuntimeError where "triton" was asked for and can't run.
     """
@@ -103,8 +103,11 @@ def choose_backend(backend: Backend, device: torch.device) -> Literal["triton", 
         raise ValueError(f"backend must be 'auto', 'triton' or 'reference', got {backend!r}")
     # Tensors on a CPU can reach the kernels through the interpreter: right for tests, which ask for it.
     chosen: Literal["triton", "reference"] = "reference" if obstacle or device.type == "cpu" else "triton"
-    if not torch.compiler.is_compiling():
-        _say_once(chosen, obstacle or f"tensors are on {device.type}")
+    if torch.compiler.is_compiling():
+        return chosen
+    if chosen == "triton" and (wrong := _fault(device)):
+        chosen, obstacle = "reference", f"the kernels failed their check on {device}: {wrong}"
+    _say_once(chosen, obstacle or f"tensors are on {device.type}")
     return chosen
 
 
@@ -121,8 +124,18 @@ def _say_once(chosen: str, why: str) -> None:
 
 
 @functools.cache
+def _fault(device: torch.device) -> str:
+    """What `self_check` found on a device, with a warning; empty where the kernels are right."""
+    found = str(_kernels("self_check").fault(device))
+    if found:
+        logger.warning("topk_match: the Triton kernels failed their check on %s (%s); plain PyTorch is used instead, "
+                       "which is slower and right", device, found)
+    return found
+
+
+@functools.cache
 def _kernels(name: str) -> ModuleType:
-    """The modules that import Triton, loaded at the first use of a kernel."""
+    """The modules that import Triton or this one, loaded at the first use of a kernel."""
     return importlib.import_module(f"listen_dist.kernels.topk_match.{name}")
 
 
