@@ -140,6 +140,7 @@ class SkippedSample:
     id: str
     shard: str
     reason: str
+    task: str = ""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -68,6 +69,17 @@ def get_task(name: str) -> Task:
     near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
     raise ListenError(f"unknown task {name[:80]!r}: {hint}")
+
+
+def check_answers(task: str, answers: Sequence[str]) -> None:
+    """The one rule for right answers that the task's metric can take: at least one, and none of them blank.
+
+    Raises:
+        ListenError: saying what is wrong with the answers.
+    """
+    get_task(task)
+    if not answers or not all(answer.strip() for answer in answers):
+        raise ListenError("key 'target' is empty and there are no 'references'; give the right answer")
 
 
 def target_for(record: Record) -> str:

@@ -311,7 +311,7 @@ def _usable_samples(job: Job, skipped: list[SkippedSample]) -> Iterator[AudioSam
         try:
             waveform = _decode(record, job.options.max_seconds)
         except (AudioError, OSError) as error:
-            skipped.append(SkippedSample(record.id, job.name, str(error)))
+            skipped.append(SkippedSample(record.id, job.name, str(error), record.task))
             continue
         yield AudioSample(record, waveform, *_features(waveform, job.options))
 

@@ -121,8 +121,9 @@ class BatchReader(Dataset[Batch]):
                 ref = item.ref if isinstance(item, _Fetched) else item
                 assert isinstance(ref, SampleRef)
                 index = self.indexes[ref.set]
-                name = index.shard_table(ref.shard).ids[ref.row]
-                skipped.append(SkippedSample(name, str(index.folder / index.shards[ref.shard].name), str(error)))
+                table = index.shard_table(ref.shard)
+                skipped.append(SkippedSample(table.ids[ref.row], str(index.folder / index.shards[ref.shard].name),
+                                             str(error), str(table.tasks[ref.row])))
         return done
 
     def _fetch(self, ref: SampleRef) -> _Fetched:

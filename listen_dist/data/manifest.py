@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from listen_dist.errors import ListenError
 from listen_dist.structures import Record
-from listen_dist.tasks import get_task, instruction_for
+from listen_dist.tasks import check_answers, choices_for, get_task, instruction_for
 
 MAX_LINE_BYTES = 1 << 20
 """A longer line is refused before it is parsed."""
@@ -257,14 +257,16 @@ def _check_record(record: Record, need_audio: bool) -> None:
         get_task(record.task)
     except ListenError as error:
         raise ManifestError(f"key 'task': {error}") from None
-    if not all(answer.strip() for answer in record.answers):
-        raise ManifestError("key 'target' is empty and there are no 'references'; give the right answer")
+    check_answers(record.task, record.answers)
     instruction_for(record)
+    if not need_audio:  # a shard's record: the rest was checked when it was written
+        return
     wanted = 2 if record.task == "speaker_verification" else 1
-    if need_audio and len(record.audio) != wanted:
+    if len(record.audio) != wanted:
         raise ManifestError(
             f"key 'audio': task {record.task!r} needs {wanted} path(s), found {len(record.audio)}"
         )
+    choices_for(record)
 
 
 def _is_text(value: object) -> bool:

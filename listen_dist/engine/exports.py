@@ -239,11 +239,14 @@ def model_card(config: Config, step: int, tensors: Mapping[str, torch.Tensor], f
 
 def _figure(task: str, entry: Mapping[str, Any]) -> str:
     metric = entry["metric"]
+    skipped = entry.get("skipped", 0)  # results of an earlier version don't say by task
+    of_all = f" of {entry['samples'] + skipped}" if skipped else ""
+    start = f"| {task} | {entry['samples']}{of_all} | {metric}"
     if metric not in entry["metrics"]:
-        return f"| {task} | {entry['samples']} | {metric} | not computed | | |"
+        return f"{start} | not computed | | |"
     low, high = entry["intervals"][metric]
     value, baseline = entry["metrics"][metric], entry["baseline"][metric]
-    return (f"| {task} | {entry['samples']} | {metric} ({entry['better']} is better) | {value:.3f} | "
+    return (f"{start} ({entry['better']} is better) | {value:.3f} | "
             f"{low:.3f} … {high:.3f} | {baseline:.3f} |")
 
 

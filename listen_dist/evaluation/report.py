@@ -84,7 +84,8 @@ def read_run(folder: Path) -> Evaluated:
     config = replace(configuration.load(files["config.yaml"]), run_dir=str(folder))  # it may have been moved
     try:
         results = json.loads(files["results.json"].read_text(encoding="utf-8"))
-        predictions = [json.loads(line) for line in files["predictions.jsonl"].read_text(encoding="utf-8").splitlines()]
+        predictions = [json.loads(line)  # a text may hold U+2028, which is no line's end here
+                       for line in files["predictions.jsonl"].read_text(encoding="utf-8").split("\n") if line]
         counts = {task: entry["samples"] for task, entry in results["tasks"].items()}
         found = dict(Counter(row["task"] for row in predictions))
     except (ValueError, KeyError, TypeError) as error:

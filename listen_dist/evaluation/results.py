@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -60,12 +61,13 @@ def score_and_write(folder: Path, suffix: str, facts: Mapping[str, Any], predict
     """
     check_references(predictions)
     tasks: dict[str, Any] = {}
+    left_out = Counter(sample.task for sample in skipped)
     own: dict[int, dict[str, float | None]] = {}
     for name in dict.fromkeys(row.task for row in predictions):
         places = [place for place, row in enumerate(predictions) if row.task == name]
         rows = [predictions[place] for place in places]
         scores = score_task(name, rows)
-        tasks[name] = entry_for(name, rows, scores)
+        tasks[name] = entry_for(name, rows, scores) | {"skipped": left_out[name]}
         own |= dict(zip(places, own_scores(scores, len(rows)), strict=True))
     results = {"format_version": 2, "tasks": tasks, "skipped": len(skipped), **facts}
     write_file(folder / f"predictions{suffix}.jsonl", "".join(
@@ -73,6 +75,10 @@ def score_and_write(folder: Path, suffix: str, facts: Mapping[str, Any], predict
     write_file(folder / f"eval_skipped{suffix}.jsonl", to_lines(skipped))
     write_file(folder / f"results{suffix}.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     print(table(tasks), flush=True)
+    for name, count in left_out.items():
+        whole = count + (tasks[name]["samples"] if name in tasks else 0)
+        rest = "the figures are of the rest" if name in tasks else "there is no figure"
+        print(f"{name}: {count} of {whole} samples could not be used; {rest}", flush=True)
     print(f"{len(skipped)} samples skipped. Details: {folder / f'results{suffix}.json'}, "
           f"{folder / f'predictions{suffix}.jsonl'}", flush=True)
     return results
@@ -123,18 +129,19 @@ def untrained_tasks(saved: Config, tasks: set[str]) -> list[str]:
 
 def table(tasks: Mapping[str, Any]) -> str:
     """Tasks beside their trivial baselines, for people."""
-    lines = [f"{'task':<22}{'samples':>8}  {'metric':<10}{'model':>8}  {'95 % interval':<18}{'baseline':>8}   "
-             "baseline is"]
+    lines = [f"{'task':<22}{'samples':>8}{'skipped':>9}  {'metric':<10}{'model':>8}  {'95 % interval':<18}"
+             f"{'baseline':>8}   baseline is"]
     for name, entry in tasks.items():
         metric = entry["metric"]
+        start = f"{name:<22}{entry['samples']:>8}{entry.get('skipped', 0):>9}  {metric:<10}"
         ours, theirs = entry["metrics"].get(metric), entry["baseline"].get(metric)
         if ours is None:
-            lines.append(f"{name:<22}{entry['samples']:>8}  {metric:<10}{entry['not_computed'][metric]}")
+            lines.append(f"{start}{entry['not_computed'][metric]}")
             continue
         low, high = entry["intervals"][metric]
         mark = "better" if (ours < theirs) == (entry["better"] == "lower") and ours != theirs else "NOT better"
         span = f"{low:.3f} … {high:.3f}"
-        lines.append(f"{name:<22}{entry['samples']:>8}  {metric:<10}{ours:>8.3f}  {span:<18}{theirs:>8.3f}   "
+        lines.append(f"{start}{ours:>8.3f}  {span:<18}{theirs:>8.3f}   "
                      f"{entry['baseline_name']} ({mark}; {entry['better']} is better)")
         lines += [f"    {line}" for line in remarks(entry)]
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from listen_dist.evaluation.metrics import (
 )
 from listen_dist.evaluation.predictions import Prediction
 from listen_dist.evaluation.wording import NORMALIZERS, is_unspaced, normalize, rules_for
-from listen_dist.tasks import get_task
+from listen_dist.tasks import check_answers, get_task
 
 COUNTS = ("insertions", "deletions", "substitutions", "reference_words", "reference_characters")
 """Ends of names of figures that are sums, which grow with the set."""
@@ -151,10 +151,12 @@ def is_count(metric: str) -> bool:
 
 
 def check_references(rows: Sequence[Prediction]) -> None:
-    """Raise ListenError unless there are rows, each with a right answer."""
+    """Raise ListenError unless there are rows, each with right answers (`tasks.check_answers`)."""
     if not rows:
         raise ListenError("no prediction to score; is the split empty, or was every sample skipped?")
     for row in rows:
-        if not row.answers or not all(answer.strip() for answer in row.answers):
-            raise ListenError(f"sample {row.id!r} has no reference; give `target` or `references` in the manifest "
-                             "and write the shard anew")
+        try:
+            check_answers(row.task, row.answers)
+        except ListenError as error:
+            raise ListenError(f"sample {row.id!r} has no reference ({error}) in the manifest; write the shard anew") \
+                from None

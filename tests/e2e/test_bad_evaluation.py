@@ -49,6 +49,8 @@ def test_a_task_that_was_never_trained_is_named(program: Program, trained: Train
     named = [json.loads(line) for line in (tmp_path / "out/eval_skipped.jsonl").read_text().splitlines()]
     assert sorted(row["id"] for row in named) == ["clip-2", "clip-5"]
     assert all("is not among the choices" in row["reason"] for row in named)
+    assert found["tasks"]["emotion"]["skipped"] == 2
+    assert "emotion: 2 of 6 samples could not be used; the figures are of the rest" in output
 
 
 def test_splits_without_a_usable_sample_and_sets_named_twice(program: Program, trained: TrainedRun,  # noqa: F811

@@ -16,6 +16,7 @@ from listen_dist.data.manifest import (
     record_from_json,
     write_manifest,
 )
+from listen_dist.errors import ListenError
 from listen_dist.structures import Record
 
 GOOD = {"id": "a1", "audio": "wav/a.wav", "task": "asr", "target": "hello"}
@@ -125,6 +126,13 @@ BAD: list[tuple[str, object, str]] = [
     ("huge duration", {"duration": 10**400}, "key 'duration'"),
     ("duration is a bool", {"duration": True}, "key 'duration'"),
     ("meta is a list", {"meta": []}, "key 'meta': expected an object"),
+    ("choices twice", {"task": "emotion", "target": "a", "meta": {"choices": ["a", "b", "a"]}},
+     r"record 'a1': meta\.choices = \['a', 'b', 'a'\] is no list of two or more different texts"),
+    ("an answer of none", {"task": "emotion", "target": "c", "meta": {"choices": ["a", "b"]}},
+     "the answer 'c' is not among the choices"),
+    ("neither yes nor no", {"task": "speaker_verification", "audio": ["a", "b"], "target": "Yes"},
+     "the answer 'Yes' is not among the choices"),
+    ("a blank among references", {"target": "", "references": ["x", " "]}, "key 'target' is empty"),
     ("question missing", {"task": "speech_qa"}, "needs `question` or `instruction`"),
 ]
 
@@ -135,6 +143,14 @@ def test_bad_line_is_named(tmp_path: Path, change: object, message: str) -> None
     path = write_lines(tmp_path, json.dumps({**GOOD, "id": "first"}).encode(), line)
     with pytest.raises(ManifestError, match=rf"^{path}:2: .*{message}"):
         list(read_manifest(path))
+
+
+def test_choices_are_checked_when_shards_are_built_not_when_they_are_read(tmp_path: Path) -> None:
+    """Evaluation names and counts such samples of older shards; training can use them."""
+    fields = {"id": "a1", "task": "emotion", "target": "c", "meta": {"choices": ["a", "b"]}}
+    assert record_from_json(json.dumps(fields).encode(), need_audio=False).target == "c"
+    with pytest.raises(ListenError, match="not among the choices"):
+        write_manifest(tmp_path / "m.jsonl", [Record("a1", ("/a.wav",), "emotion", "c", meta={"choices": ["a", "b"]})])
 
 
 def test_duplicate_id_names_both_lines(tmp_path: Path) -> None:

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from listen_dist.errors import ListenError
-from listen_dist.evaluation.predictions import PartialFile, Prediction, clear, take_over
+from listen_dist.evaluation.predictions import PartialFile, Prediction, clear, read_predictions, take_over
+from listen_dist.evaluation.report import read_run
+from listen_dist.evaluation.results import score_and_write
+from listen_dist.structures import SkippedSample
+from tests import tiny
 
 HEADER = {"split": "test", "k": 4, "decoding": {"beams": 1}, "data": ("a", "b")}
 
@@ -46,3 +50,12 @@ def test_another_evaluation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rank-0.jsonl").write_text(json.dumps({"set": "s", "id": "a"}) + "\n")
     with pytest.raises(ListenError, match="not a prediction"):
         take_over(tmp_path, HEADER)
+
+
+def test_a_text_with_another_kind_of_line_end_is_read_again(tiny_world: tiny.Tiny, tmp_path: Path) -> None:
+    row = Prediction("a", "asr", "one\u2028two\x85three", ("one\u2028two",), (), ())
+    results = score_and_write(tmp_path, "", {}, [row], [SkippedSample("b", "s.tar", "damaged", "asr")])
+    assert results["tasks"]["asr"]["skipped"] == 1
+    (tmp_path / "config.yaml").write_text(tiny_world.config_file.read_text(encoding="utf-8"), encoding="utf-8")
+    assert [found["text"] for found in read_run(tmp_path).predictions] == [row.text]
+    assert read_predictions(tmp_path / "predictions.jsonl") == [row]

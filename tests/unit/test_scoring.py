@@ -108,11 +108,11 @@ def test_a_missing_reference_is_refused() -> None:
 
 def test_the_table_says_which_is_better_and_how_sure() -> None:
     def entry(metric: str, better: str, ours: float, theirs: float) -> dict[str, object]:
-        return {"samples": 3, "metric": metric, "better": better, "metrics": {metric: ours},
+        return {"samples": 3, "skipped": 2, "metric": metric, "better": better, "metrics": {metric: ours},
                 "intervals": {metric: (ours - 0.1, ours + 0.1)}, "baseline": {metric: theirs},
                 "baseline_name": "silence"}
 
-    alone = {"samples": 1, "metric": "cider_d", "better": "higher", "metrics": {}, "baseline": {},
+    alone = {"samples": 1, "skipped": 0, "metric": "cider_d", "better": "higher", "metrics": {}, "baseline": {},
              "not_computed": {"cider_d": "not computed, because it needs two samples or more"}}
     heard = entry("wer", "lower", 0.3, 1.0) | {"ended_by": {"eos": 1, "line": 1, "limit": 1}}
     heard["metrics"] = wer_scores(["a b c d e", "x"], ["a b c", "y z"]) | {"wer": 0.3}  # type: ignore[operator]
@@ -123,4 +123,5 @@ def test_the_table_says_which_is_better_and_how_sure() -> None:
     assert "1 answers reached the limit of tokens\n" in text
     text = [line for line in text.splitlines() if not line.startswith(" ")]
     assert "(better;" in text[1] and "(NOT better;" in text[2] and "(NOT better;" in text[3]
+    assert text[1].split()[:3] == ["asr", "3", "2"]
     assert "0.200 … 0.400" in text[1] and "not computed, because" in text[4]
