@@ -15,7 +15,7 @@ from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.models.encoders import load_speech_encoder
 from listen_dist.models.llm import DTYPES, load_tokenizer
-from tests import launching, plain, tiny
+from tests import forking, plain, tiny
 from tests.distributed.scenarios import MICRO_BATCHES, TASK_WEIGHTS, Ranks, scenarios
 
 Reference = Callable[[dict[str, Tensor], list[plain.Clip], int, str], list[plain.Outcome]]
@@ -29,8 +29,8 @@ def ranks(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> li
 
     def launch(world: int) -> None:
         words = (one.words for one in found if one.world == world)
-        launching.run_ranks(world, "tests.distributed.gradient_worker", [tiny_world.config_file, folder, *words],
-                            folder, seconds=1200)
+        forking.run(world, "tests.distributed.gradient_worker", [tiny_world.config_file, folder, *words],
+                    folder / f"{world}-logs", 1200)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(launch, MICRO_BATCHES))

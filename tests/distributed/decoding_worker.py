@@ -69,7 +69,7 @@ def run(parts: Parts, config: Config, out: Path) -> None:
         predictions, skipped = decode_split(decoder, config.data.test, {"beams": config.eval.beams}, out / "partial")
         if out.name.endswith("report"):
             index = ShardIndex.load(config.data.test[0].path)
-            facts = {"split": "test", "k": config.pool.k, "checkpoint": "none", "step": 0,
+            facts = {"split": "test", "k": config.pool.k, "checkpoint": "none", "step": 0, "tasks": {},
                      "data_fingerprints": {"test": index.fingerprint}}
             report.make(Evaluated(out, config, facts, [asdict(row) for row in predictions]), parts)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,64 +1,26 @@
 """Real ranks of the trainer, with a planted fault.
 
-They are forked from one server process that has imported everything, which saves the seconds that a new
-Python takes for it. Nothing of the trainer is replaced: its functions are wrapped, and what is not faulty
-runs as it is.
+Nothing of the trainer is replaced: its functions are wrapped, and what is not faulty runs as it is.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero  # noqa: F401  (here, so that the server has it)
 import torch
 
 from listen_dist import dist, train
 from listen_dist.engine import checkpoint, replicated, step
 from listen_dist.models.listen import Listen
-from tests import launching
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.distributed.fault_worker"])
-
-
-@dataclass(frozen=True)
-class Rank:
-    """One process and its output."""
-
-    process: BaseProcess
-    log: Path
-
-    @property
-    def pid(self) -> int:
-        assert self.process.pid is not None
-        return self.process.pid
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join(10)
-
-    def wait(self, seconds: float) -> launching.Finished:
-        """Its end; past the limit it is killed and the test fails with its output."""
-        self.process.join(seconds)
-        if self.process.exitcode is None:
-            self.kill()
-            raise AssertionError(f"no end within {seconds:.0f} s:\n{self.output[-6000:]}")
-        return launching.Finished(self.process.exitcode, self.output)
+from tests import forking
 
 
 def words(config_file: Path, folder: Path, *more: str) -> list[object]:
@@ -67,33 +29,19 @@ def words(config_file: Path, folder: Path, *more: str) -> list[object]:
             *more]
 
 
-def start(world: int, words: Sequence[object], folder: Path, fault: str = "none:0:0") -> list[Rank]:
+def start(world: int, words: Sequence[object], folder: Path, fault: str = "none:0:0") -> list[forking.Rank]:
     """Start the trainer on `world` ranks. Logs and notes of the clips taken go to `folder`.
 
     Args:
         fault: kind:rank:step (from 0); several kinds with + between.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    port, ranks = launching.free_port(), []
-    for number in range(world):
-        place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": port}
-        log = folder / f"rank-{number}.log"
-        process = CONTEXT.Process(target=run_rank, args=(place, log, list(map(str, words)), fault, folder))
-        process.start()
-        ranks.append(Rank(process, log))
-    return ranks
+    return forking.start(world, run_rank, (list(map(str, words)), fault, folder), folder)
 
 
-def run_rank(place: dict[str, Any], log: Path, words: list[str], fault: str, folder: Path) -> None:
+def run_rank(words: list[str], fault: str, folder: Path) -> None:
     """What a forked process does."""
-    with log.open("wb", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.update({key: str(value) for key, value in place.items()})
-    torch.set_num_threads(1)
     Here.kind, rank, planned = fault.split(":")
-    Here.faulty, Here.planned, Here.folder = int(rank) == place["RANK"], int(planned), folder
+    Here.faulty, Here.planned, Here.folder = rank == os.environ["RANK"], int(planned), folder
     before(train, "train_step", note_step)
     for kind in Here.kind.split("+"):
         if kind in PLANTED:

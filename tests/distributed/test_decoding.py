@@ -11,7 +11,7 @@ import pytest
 
 from listen_dist.data.shards import ShardIndex
 from listen_dist.evaluation.predictions import Prediction, read_predictions
-from tests import launching, tiny
+from tests import forking, tiny
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -39,7 +39,7 @@ def comparable(rows: list[Prediction]) -> list[tuple[Any, ...]]:
 def two_ranks(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     words = [f"{name}:{keys}" for name, keys in SCENARIOS.items()]
-    launching.run_ranks(2, WORKER, [tiny_world.config_file, folder, *words], folder, 900)
+    forking.run(2, WORKER, [tiny_world.config_file, folder, *words], folder, 900)
     return folder
 
 
@@ -47,7 +47,7 @@ def two_ranks(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -
 def alone(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, everything in one batch a task."""
     folder = tmp_path_factory.mktemp("one")
-    launching.run_ranks(1, WORKER, [tiny_world.config_file, folder, "greedy:eval.batch_tokens=4096",
+    forking.run(1, WORKER, [tiny_world.config_file, folder, "greedy:eval.batch_tokens=4096",
                                     "report:eval.batch_tokens=4096",
                                     "beams:eval.beams=3;eval.choices=generate;eval.batch_tokens=4096"], folder, 900)
     return folder
@@ -93,13 +93,13 @@ def test_a_killed_evaluation_goes_on_on_another_number_of_ranks(tiny_world: tiny
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KILL_AFTER", "2")
         with pytest.raises(AssertionError):
-            launching.run_ranks(2, WORKER, words, tmp_path, 900)
+            forking.run(2, WORKER, words, tmp_path, 900)
     partial = tmp_path / "killed/partial"
     kept = [json.loads(line)["id"] for path in partial.glob("rank-*.jsonl") for line in path.read_text().splitlines()]
     assert 2 <= len(kept) <= 4 and not list((tmp_path / "killed").glob("predictions*"))
     with (partial / "rank-1.jsonl").open("a") as file:
         file.write('{"set": "half a li')
-    launching.run_ranks(1, WORKER, words, tmp_path, 900)
+    forking.run(1, WORKER, words, tmp_path, 900)
     found = read_predictions(tmp_path / "killed/predictions-0.jsonl")
     assert comparable(found) == comparable(read_predictions(alone / "greedy/predictions-0.jsonl"))
     (one,) = notes(tmp_path / "killed", 1)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from listen_dist.engine.signals import GRACE, LOST_CONTACT, RESUMABLE
-from tests import launching, tiny
+from tests import forking, launching, tiny
 from tests.distributed import fault_worker
 from tests.distributed.test_resume import STEPS, read_metrics, reported
 
@@ -78,7 +78,7 @@ def test_a_slow_rank_a_jumping_clock_and_a_second_run_change_nothing(tiny_world:
     Meanwhile the same command is given once more: that run ends at once, on both of its ranks.
     """
     ranks = fault_worker.start(2, words(tiny_world, tmp_path), tmp_path, "slow+clock:1:0")
-    second: list[fault_worker.Rank] = []
+    second: list[forking.Rank] = []
     try:
         wait_for(lambda: (tmp_path / "run/train.log").is_file(), ranks[0].log)
         second = fault_worker.start(2, words(tiny_world, tmp_path), tmp_path / "second")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests import launching, tiny
+from tests import forking, tiny
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
 
@@ -40,7 +40,7 @@ def folder(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> P
     words = [f"{backend}-{kind}-{on}:" + ",".join(filter(None, [
         usual, f"parallel.backend={backend}", f"model.checkpointing={on}", keys]))
         for backend in BACKENDS for kind, keys in KINDS.items() for on in (True, False)]
-    launching.run_ranks(2, WORKER, [tiny_world.config_file, folder, *words], folder, 600)
+    forking.run(2, WORKER, [tiny_world.config_file, folder, *words], folder, 600)
     return folder
 
 

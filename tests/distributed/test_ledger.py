@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import time
 from pathlib import Path
-from subprocess import Popen
 
 import psutil
 import pytest
@@ -19,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from listen_dist.engine import checkpoint
-from tests import launching, tiny
+from tests import forking, tiny
 
 KILLS = int(os.environ.get("LEDGER_KILLS", "3"))
 SHAPES = [(2, 0), (1, 2), (3, 0), (1, 0), (2, 2), (3, 2)]
@@ -29,12 +27,9 @@ CLIPS = 80
 pytestmark = pytest.mark.timeout(600 + 330 * KILLS)
 
 
-def start(world: int, workers: int, end: str, config: Path, run: Path, number: int) -> list[Popen[bytes]]:
-    words = [sys.executable, "-m", "tests.distributed.ledger_worker", config, run, workers, end]
-    store = run / f"store-{number}"
-    return [launching.start(words, run / f"log-{number}-{rank}", {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "STORE": str(store),
-        "PYTHONPATH": str(launching.ROOT)}) for rank in range(world)]
+def start(world: int, workers: int, end: str, config: Path, run: Path, number: int) -> list[forking.Rank]:
+    words = ("tests.distributed.ledger_worker", [str(config), str(run), str(workers), end])
+    return forking.start(world, forking.be_program, words, run / f"logs-{number}")
 
 
 def steps_taken(run: Path) -> list[int]:
@@ -42,27 +37,27 @@ def steps_taken(run: Path) -> list[int]:
     return [int(line.split()[0]) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def kill_one(ranks: list[Popen[bytes]], run: Path, draw: random.Random, number: int) -> None:
+def kill_one(ranks: list[forking.Rank], run: Path, draw: random.Random) -> None:
     """SIGKILL one rank at a random moment after the run took a step more, then whatever is left of it."""
     before = len(steps_taken(run))
     try:
         limit = time.monotonic() + 300
         while len(steps_taken(run)) == before:
-            ended = [rank for rank, process in enumerate(ranks) if process.poll() is not None]
-            assert not ended, (run / f"log-{number}-{ended[0]}").read_text()[-4000:]
+            for rank in ranks:
+                assert rank.process.is_alive(), rank.output[-4000:]
             assert time.monotonic() < limit, "no step within 300 s"
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.4))
         victim = draw.choice(ranks)
-        assert victim.poll() is None
+        assert victim.process.is_alive()
         loaders = psutil.Process(victim.pid).children(recursive=True)
-        victim.kill()
-        victim.wait(10)
+        victim.process.kill()
+        victim.process.join(10)
         _, orphans = psutil.wait_procs(loaders, timeout=60)
         assert not orphans, "loader processes outlive their rank"
     finally:
-        for process in ranks:
-            launching.kill_tree(process)
+        for rank in ranks:
+            rank.kill()
 
 
 def test_every_sample_counts_once_over_kills_ranks_and_workers(tiny_world: tiny.Tiny, tmp_path: Path) -> None:
@@ -76,14 +71,14 @@ def test_every_sample_counts_once_over_kills_ranks_and_workers(tiny_world: tiny.
     run.mkdir()
     draw = random.Random(7)
     for number in range(KILLS):
-        kill_one(start(*SHAPES[number % len(SHAPES)], "go", config, run, number), run, draw, number)
+        kill_one(start(*SHAPES[number % len(SHAPES)], "go", config, run, number), run, draw)
     ranks = start(*SHAPES[KILLS % len(SHAPES)], "finish", config, run, KILLS)
     try:
-        for rank, process in enumerate(ranks):
-            launching.wait(process, run / f"log-{KILLS}-{rank}", 400).check()
+        for rank in ranks:
+            rank.wait(400).check()
     finally:
-        for process in ranks:
-            launching.kill_tree(process)
+        for rank in ranks:
+            rank.kill()
     found = checkpoint.newest(run / "checkpoints")
     assert found is not None
     state, taken = checkpoint.read_state(found), steps_taken(run)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import launching, tiny
+from tests import forking, tiny
 from tests.fixtures import TrainedRun
 
 pytestmark = pytest.mark.timeout(1800)
@@ -36,18 +36,19 @@ def words(tiny_world: tiny.Tiny, folder: Path, *more: str) -> list[Any]:
     return ["--config", tiny_world.config_file, f"run_dir={folder}", "train.batches_per_step=2", *more]
 
 
-def run_until(command: list[Any], folder: Path, log: Path, step: int) -> None:
-    """Start a run and SIGKILL all of it as soon as it has reported `step`."""
-    process = launching.start(command, log)
+def run_until(words: list[Any], folder: Path, logs: Path, step: int) -> None:
+    """Start a run on two ranks and SIGKILL all of it as soon as it has reported `step`."""
+    ranks = forking.start(2, forking.be_program, ("listen_dist.train", list(map(str, words))), logs)
     try:
         for _ in range(6000):
             if (folder / "metrics.jsonl").is_file() and max(read_metrics(folder), default=0) >= step:
                 return
-            assert process.poll() is None, log.read_text(encoding="utf-8")[-6000:]
+            assert ranks[0].process.is_alive(), ranks[0].output[-6000:]
             time.sleep(0.05)
-        raise AssertionError(f"step {step} was not reached:\n{log.read_text(encoding='utf-8')[-6000:]}")
+        raise AssertionError(f"step {step} was not reached:\n{ranks[0].output[-6000:]}")
     finally:
-        launching.kill_tree(process)
+        for rank in ranks:
+            rank.kill()
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,7 @@ def killed(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> P
     """A run on two ranks, killed past step 5 with checkpoints before it."""
     for _ in range(3):  # a busy machine may let the run end before the kill
         folder = tmp_path_factory.mktemp("killed")
-        command = [*launching.command("deepspeed", launching.TRAIN, 2),
-                   *words(tiny_world, folder / "run", "train.save_every=2")]
-        run_until(command, folder / "run", folder / "log", 5)
+        run_until(words(tiny_world, folder / "run", "train.save_every=2"), folder / "run", folder / "logs", 5)
         if max(read_metrics(folder / "run")) < STEPS:
             return folder / "run"
     raise AssertionError("the run was over before it could be killed, three times")
@@ -91,9 +90,8 @@ def test_killed_and_resumed_on_two_ranks_is_the_unbroken_run(trained: TrainedRun
                                                              tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
-    command = [*launching.command("deepspeed", launching.TRAIN, 2), *words(tiny_world, folder, "train.save_every=2")]
-    output = launching.run(command, 600).check().output
-    assert "going on from" in output
+    output = forking.run(2, "listen_dist.train", words(tiny_world, folder, "train.save_every=2"), tmp_path / "logs")
+    assert "going on from" in output[0]
     unbroken, resumed = read_metrics(trained.folder), read_metrics(folder)
     assert sorted(resumed) == sorted(unbroken)
     for step, line in unbroken.items():
@@ -113,17 +111,10 @@ def test_killed_and_resumed_on_two_ranks_is_the_unbroken_run(trained: TrainedRun
 def test_resumed_in_another_layout_is_the_unbroken_run(trained: TrainedRun, killed: Path, tiny_world: tiny.Tiny,
                                                        tmp_path: Path, ranks: int, layout: list[str]) -> None:
     """Two ranks with DeepSpeed before. Two of the four have no batch of their own in any step."""
-    from tests.distributed import fault_worker  # imports DeepSpeed
-
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
-    started = fault_worker.start(ranks, words(tiny_world, folder, *layout), tmp_path / "logs")
-    try:
-        ended = [rank.wait(600).check() for rank in started]
-    finally:
-        for rank in started:
-            rank.kill()
-    assert "going on from" in ended[0].output
+    output = forking.run(ranks, "listen_dist.train", words(tiny_world, folder, *layout), tmp_path / "logs")
+    assert "going on from" in output[0]
     unbroken, resumed = read_metrics(trained.folder), read_metrics(folder)
     assert sorted(resumed) == sorted(unbroken)
     for step, line in unbroken.items():

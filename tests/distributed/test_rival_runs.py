@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import launching, tiny
+from tests import forking, tiny
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -28,9 +28,8 @@ SAME = ("loss", "match_loss", "grad_norm", "effective_prompts")
 @pytest.fixture(scope="module")
 def folder(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("rivals")
-    launching.run_ranks(2, "tests.distributed.rival_worker",
-                        [tiny_world.config_file, out, *(f"{name}:{words}" for name, words in RIVALS.items())], out,
-                        seconds=1100)
+    forking.run(2, "tests.distributed.rival_worker",
+                [tiny_world.config_file, out, *(f"{name}:{words}" for name, words in RIVALS.items())], out, 1100)
     for rank in range(2):
         codes = json.loads((out / f"codes-{rank}.json").read_text())
         assert set(codes) == set(RIVALS) and not any(code for row in codes.values() for code in row)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import launching, tiny
+from tests import forking, tiny
 from tests.fixtures import TrainedRun
 
 pytestmark = pytest.mark.timeout(400)
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.timeout(400)
 def test_dev_evaluations_change_nothing_but_what_is_kept(tiny_world: tiny.Tiny, trained: TrainedRun,
                                                          tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    launching.run([*launching.command("deepspeed", launching.TRAIN, 2), "--config", tiny_world.config_file,
-                   f"run_dir={folder}", "train.batches_per_step=2", "train.keep=1", "train.eval_every=3",
-                   "train.eval_limit=5", f"data.dev=[{{path: {tiny_world.test}}}]"], 300).check()
+    forking.run(2, "listen_dist.train", [
+        "--config", tiny_world.config_file, f"run_dir={folder}", "train.batches_per_step=2", "train.keep=1",
+        "train.eval_every=3", "train.eval_limit=5", f"data.dev=[{{path: {tiny_world.test}}}]"], tmp_path, 300)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     theirs = [json.loads(line)["loss"] for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in rows if "loss" in row] == theirs  # hooks, modes and generators are put back

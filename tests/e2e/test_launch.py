@@ -1,4 +1,4 @@
-"""The documented commands, as a user types them: three launchers train, two evaluate."""
+"""The documented commands, as a user types them: three launchers train, one evaluates."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 
 from listen_dist.data.shards import ShardIndex
 from listen_dist.tasks import TASKS
-from tests import launching, tiny
+from tests import forking, launching, tiny
 from tests.fixtures import TrainedRun
+from tools import export
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -65,11 +66,14 @@ Evaluate = Callable[..., tuple[Path, str]]
 
 @pytest.fixture(scope="module")
 def evaluate(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
+    """The evaluation, started by `deepspeed` or without a launcher."""
     def run(launcher: str, ranks: int, *more: str) -> tuple[Path, str]:
-        out = tmp_path_factory.mktemp("results") / "out"
-        command = [*launching.command(launcher, launching.EVALUATE, ranks), "--config", trained.folder / "config.yaml",
-                   "--out", out, *more]
-        return out, launching.run(command, 600).check().output
+        folder = tmp_path_factory.mktemp("results")
+        words = ["--config", trained.folder / "config.yaml", "--out", folder / "out", *more]
+        if not launcher:
+            return folder / "out", forking.run(ranks, "listen_dist.evaluate", words, folder / "logs")[0]
+        command = [*launching.command(launcher, launching.EVALUATE, ranks), *words]
+        return folder / "out", launching.run(command, 600).check().output
 
     return run
 
@@ -112,7 +116,7 @@ def test_results_have_the_documented_keys(greedy: tuple[Path, str], tiny_world: 
 
 def test_another_layout_decodes_the_same(greedy: tuple[Path, str], evaluate: Evaluate) -> None:
     """One rank, other batches: the same texts and the same prompts."""
-    folder, _ = evaluate("python", 1, "eval.batch_tokens=2048")
+    folder, _ = evaluate("", 1, "eval.batch_tokens=2048")
     for ours, theirs in zip(predictions(folder), predictions(greedy[0]), strict=True):
         assert {key: ours[key] for key in ("id", "text", "prompts")} == {
             key: theirs[key] for key in ("id", "text", "prompts")}
@@ -122,15 +126,15 @@ def test_another_layout_decodes_the_same(greedy: tuple[Path, str], evaluate: Eva
 def test_an_export_is_scored_like_its_checkpoint(greedy: tuple[Path, str], evaluate: Evaluate, trained: TrainedRun,
                                                  tmp_path: Path) -> None:
     shared = tmp_path / "shared"
-    launching.run([sys.executable, "tools/export.py", "--checkpoint", trained.folder, "--out", shared]).check()
-    folder, output = evaluate("python", 1, "--checkpoint", str(shared))
+    assert export.main(["--checkpoint", str(trained.folder), "--out", str(shared)]) == 0
+    folder, output = evaluate("", 1, "--checkpoint", str(shared))
     assert read_results(folder)["tasks"] == read_results(greedy[0])["tasks"]
     assert read_results(folder)["step"] == 12
     assert "never trained" not in output, "an export does not say what it was trained on"
 
 
 def test_beams(greedy: tuple[Path, str], evaluate: Evaluate) -> None:
-    folder, _ = evaluate("torchrun", 2, "eval.beams=3", "eval.limit=5")
+    folder, _ = evaluate("", 2, "eval.beams=3", "eval.limit=5")
     assert read_results(folder)["decoding"]["beams"] == 3
     found = predictions(folder)
     assert len(found) == 5
