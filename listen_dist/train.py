@@ -15,6 +15,12 @@ from pathlib import Path
 sys.path[:] = [str(Path(__file__).resolve().parents[1]),
                *(entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent)]
 
+if __name__ == "__main__":
+    # First of all: a signal during the imports means "start me again" too.
+    from listen_dist.engine import signals
+
+    signals.leave_when_asked()
+
 import argparse
 
 
@@ -155,15 +161,14 @@ def set_up(config: Config, device: torch.device, stop: StopRequest, resume_from:
     trackers = tracking.Trackers()
     if dist.is_main():
         (Path(config.run_dir) / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
-        flat = {key: str(value) for part, tree in asdict(config).items() if isinstance(tree, dict)
-                for key, value in ((f"{part}.{name}", v) for name, v in tree.items())}
+        flat = {f"{part}.{name}" if name else part: str(value) for part, tree in asdict(config).items()
+                for name, value in (tree if isinstance(tree, dict) else {"": tree}).items()}
         trackers = tracking.build_trackers(config, flat)
     folder = Path(config.run_dir)
     run = Run(config, parts, replicated, optimizer, state, trackers, Saver(folder / "checkpoints"), stop,
               Watchdog(config.parallel.stuck_seconds, folder), start_up, first_step=state.step,
               started=time.monotonic(), last_step=config.train.max_steps)
     start_up.lap("tracker")
-    summarize(run)
     return run
 
 
@@ -393,12 +398,13 @@ def run_program(config: Config, stop: StopRequest) -> int:
                         state.step)
             return 0
         run = set_up(config, device, stop, found and found[0], state, start_up)
-        if config.parallel.health_check:
-            report_links(device)
-            start_up.lap("links")
-        run.started = time.monotonic()
         outcome: tracking.Outcome = "FAILED"
         try:
+            summarize(run)
+            if config.parallel.health_check:
+                report_links(device)
+                start_up.lap("links")
+            run.started = time.monotonic()
             with run.watchdog:
                 train(run)
             outcome = "FINISHED" if run.state.finished else "KILLED"

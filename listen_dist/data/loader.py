@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import TypeVar
 
 import numpy as np
@@ -259,10 +260,7 @@ def find_filler(reader: BatchReader) -> Batch:
 
 
 def set_up_worker(worker: int) -> None:
-    """In each loader process: leave signals to the trainer, and end with it."""
-    # Launchers and Ctrl-C signal the workers too, while the trainer still needs them to finish its step.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    """In each loader process: end with the trainer."""
     # torch looks for the trainer too, but takes whoever is its parent at this moment for it: a worker whose trainer was
     # killed while it started would never end.
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
@@ -282,7 +280,16 @@ def _batches(reader: BatchReader, sampler: object, workers: int, pin_memory: boo
         # Forked children of a process that runs gloo or CUDA threads can hang.
         multiprocessing_context="spawn" if workers else None)
     others = multiprocessing.active_children()
-    iterator = iter(loader)
+    # The workers inherit the mask. Launchers and Ctrl-C signal them too, from their first moment on, while the trainer
+    # still needs them to finish its step.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        if workers:
+            resource_tracker.ensure_running()  # whose start lets SIGTERM and SIGINT through again
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     started = [child for child in multiprocessing.active_children() if child not in others]
     at_exit = partial(_kill, started)
     if started:

@@ -1,8 +1,9 @@
 """Stop on request: finish the step, save, and leave with a code that means "start me again".
 
-A first SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) is only noted; the loop asks for it once a step. A second
-one leaves at once. Launchers repeat a signal and turn one into another within moments, so what comes
-within GRACE seconds of the first counts as the same request.
+A first SIGTERM, SIGUSR1, SIGUSR2, SIGINT (Ctrl-C) or SIGHUP (a closed terminal) is only noted; the loop asks for it
+once a step. A second one leaves at once. Launchers repeat a signal and turn one into another within moments, so what
+comes within GRACE seconds of the first counts as the same request. A signal that the surroundings ignore (`nohup`)
+stays ignored.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +24,19 @@ RESUMABLE = os.EX_TEMPFAIL
 """Exit code 75: stopped on request; the same command goes on from the last checkpoint."""
 LOST_CONTACT = os.EX_PROTOCOL
 """Exit code 76: another rank died or did not answer in time; starting again may help."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 GRACE = 3.0
+
+
+def leave_when_asked() -> None:
+    """Until a StopRequest is open a signal leaves at once: there is nothing to save yet."""
+    _handle(lambda number, frame: os._exit(RESUMABLE))
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Set the handler of all signals that aren't ignored; the handlers before."""
+    return {number: signal.signal(number, handler) for number in SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN}
 
 
 class StopRequest:
@@ -42,7 +56,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._before = {number: signal.signal(number, _noted) for number in SIGNALS}
+        self._before = _handle(_noted)
         self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
         return self

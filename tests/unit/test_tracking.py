@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import queue
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,8 @@ def test_mlflow_store_is_written_and_goes_on_after_a_restart(tmp_path: Path) -> 
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     for steps in ((1, 2), (3,)):
-        tracker = MlflowTracker(uri, "tiny", "my-run", {"train.seed": "3", "long": "x" * 900}, tmp_path / "id")
+        params = {"train.seed": "3", "long": "x" * 5900, "longer": "y" * 7000}
+        tracker = MlflowTracker(uri, "tiny", "my-run", params, tmp_path / "id")
         for step in steps:
             tracker.log({"loss": 1 / step, "odd": math.nan if step == 2 else 1.0}, step)
         tracker.close("FINISHED", 60)
@@ -55,9 +57,47 @@ def test_mlflow_store_is_written_and_goes_on_after_a_restart(tmp_path: Path) -> 
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "my-run" and run.info.status == "FINISHED"
-    assert run.data.params["train.seed"] == "3" and len(run.data.params["long"]) == 500
+    assert run.data.params["train.seed"] == "3" and run.data.params["long"] == "x" * 5900
+    assert run.data.params["longer"].endswith(" … (whole in params/longer.txt)")
+    longer = Path(client.download_artifacts(run.info.run_id, "params/longer.txt"))
+    assert longer.read_text(encoding="utf-8") == "y" * 7000
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+
+
+def test_names_and_calls_that_mlflow_refuses_hold_nothing_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Braces, `=` and `//` are replaced; a file that is gone is said once; the run ends in its final state."""
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracker = MlflowTracker(uri, "tiny", "my-run", {"data.{a}": "1", "/x//y": "2"}, tmp_path / "id")
+    tracker.log({"epochs_{a,b}/c@d=e": 1.0, "../up//x/": 2.0, "n" * 300: 3.0}, 1)
+    for name in ("gone.html", "gone too.html"):
+        tracker.log_file(tmp_path / name)
+    tracker._put(lambda client, run: client.log_param(run, "data._a_", "another"))  # invalid, says the store
+    tracker.log({"loss": 0.5}, 2)
+    tracker.close("KILLED", 60)
+    client = MlflowClient(tracking_uri=uri)
+    run = client.get_run((tmp_path / "id").read_text(encoding="utf-8"))
+    assert run.info.status == "KILLED"
+    assert run.data.metrics == {"epochs__a_b_/c_d_e": 1.0, "up/x": 2.0, "n" * 250: 3.0, "loss": 0.5}
+    assert run.data.params == {"data._a_": "1", "x/y": "2"}
+    said = [record.message for record in caplog.records if record.name == "listen_dist.tracking"]
+    assert len(said) == 2 and all("refused what it was sent, which is left out there" in line for line in said), said
+
+
+def test_a_full_queue_still_ends_the_run(tmp_path: Path) -> None:
+    """More is waiting than the queue takes: the outcome is sent nevertheless."""
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracker = MlflowTracker(uri, "tiny", "my-run", {}, tmp_path / "id")
+    tracker._queue = queue.Queue(maxsize=50)
+    for step in range(100):
+        tracker.log({"loss": 1.0}, step)
+    tracker.close("FINISHED", 60)
+    run = MlflowClient(tracking_uri=uri).get_run((tmp_path / "id").read_text(encoding="utf-8"))
+    assert run.info.status == "FINISHED"
 
 
 def test_an_unreachable_store_neither_blocks_nor_ends(tmp_path: Path) -> None:
