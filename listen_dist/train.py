@@ -51,6 +51,7 @@ from listen_dist import dist, logs, tracking
 from listen_dist.data.loader import LoaderError, find_filler, training_steps
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.shards import ShardError
+from listen_dist.data.sources import hosts_of
 from listen_dist.engine import checkpoint, exports, fingerprints
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
 from listen_dist.engine.checkpoint import TrainState
@@ -225,7 +226,8 @@ def train(run: Run) -> None:
     steps = training_steps(reader, mixture, run.parts.training_cost(reader), config.data, config.train.seed,
                            per_step, dist.rank(), dist.world_size(), run.state.loader,
                            pin_memory=model.device.type == "cuda")
-    meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples, run.state.meter)
+    meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples, run.state.meter,
+                  {host for entry in (*config.data.train, *config.data.dev) for host in hosts_of(entry.path)})
     filler = find_filler(reader)
     history, evaluate_every = DevHistory(run.folder / "checkpoints", run.state.step), config.train.eval_every
     model.train()
@@ -305,6 +307,9 @@ def report(run: Run, meter: Meter, mixture: Mixture, rate: float, grad_norm: flo
     if metrics["skipped_steps"]:
         logger.warning("step %d: %d steps since the last report had a non-finite loss or gradient and were left out; "
                        "their clips are named in nonfinite-rank*.jsonl", step, metrics["skipped_steps"])
+    if any(meter.retries.values()):
+        logger.warning("step %d: tries of network sources that failed since the last report, all made again: %s", step,
+                       ", ".join(f"{host} {count}" for host, count in meter.retries.items() if count))
     run.state = replace(run.state, skipped_samples=int(metrics["skipped_samples"]))
     run.trackers.log(metrics | {"failed_checkpoints": float(run.saver.failed)}, step)
     if config.train.max_minutes:
