@@ -37,7 +37,8 @@ class Record:
     """One line of a manifest: what is spoken where, and what the model should answer.
 
     `audio` holds one path, or two for `speaker_verification`. Either `target` is
-    non-empty, or `references` is (several right answers; training takes the first).
+    non-empty, or `references` is (several right answers; training takes the first), or
+    `meta["no_speech"]` is true (`asr` of a clip in which nothing is said).
     """
 
     id: str
