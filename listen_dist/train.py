@@ -167,7 +167,7 @@ def set_up(config: Config, device: torch.device, stop: StopRequest, resume_from:
         trackers = tracking.build_trackers(config, flat)
     folder = Path(config.run_dir)
     run = Run(config, parts, replicated, optimizer, state, trackers, Saver(folder / "checkpoints"), stop,
-              Watchdog(config.parallel.stuck_seconds, folder), start_up, first_step=state.step,
+              Watchdog(config.parallel.stuck_seconds, folder, state.step), start_up, first_step=state.step,
               started=time.monotonic(), last_step=config.train.max_steps)
     start_up.lap("tracker")
     return run
