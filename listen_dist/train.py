@@ -67,6 +67,7 @@ from listen_dist.engine.step import NonFiniteError, StepResult, train_step
 from listen_dist.engine.warm_start import fit_last_layer
 from listen_dist.engine.watchdog import Watchdog
 from listen_dist.errors import ListenError
+from listen_dist.evaluation.decoding import check_ids
 from listen_dist.evaluation.dev import DevHistory, evaluate_dev
 from listen_dist.model_sizes import Sizes, count, llm_size
 from listen_dist.planner import Cluster, plan_memory
@@ -348,8 +349,9 @@ def keep_to_time(run: Run, elapsed: float) -> None:
 def progress_line(run: Run, metrics: dict[str, float]) -> str:
     done, left = run.state.step - run.first_step, run.last_step - run.state.step
     eta = (time.monotonic() - run.started) / done * left
-    return (f"step {run.state.step}/{run.last_step} | loss {metrics['loss']:.3f} | "
-            f"match {metrics['match_loss']:.3f} | lr {metrics['learning_rate']:.2e} | "
+    loss, match = (f"{metrics[name]:.3f}" if name in metrics else "none" for name in ("loss", "match_loss"))
+    return (f"step {run.state.step}/{run.last_step} | loss {loss} | match {match} | "
+            f"lr {metrics['learning_rate']:.2e} | "
             f"{metrics['clips_per_second']:.1f} clips/s | {metrics['tokens_per_second']:.0f} tokens/s | "
             f"waiting for data {100 * metrics['waiting_share']:.0f} % | "
             f"prompts in use {metrics['effective_prompts']:.1f} | left {logs.clock(eta)}")
@@ -402,6 +404,8 @@ def run_program(config: Config, stop: StopRequest) -> int:
             logger.info("already trained for %d steps; raise train.max_steps (or train.max_minutes) to go on",
                         state.step)
             return 0
+        if config.train.eval_every:
+            dist.on_main(check_ids, "dev", config)
         run = set_up(config, device, stop, found and found[0], state, start_up)
         outcome: tracking.Outcome = "FAILED"
         try:

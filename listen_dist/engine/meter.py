@@ -142,10 +142,10 @@ class Meter:
         seconds = sums["elapsed"] / dist.world_size()
         self.elapsed += seconds
         rows = max(1.0, sums["rows"])
-        metrics = {
-            "loss": sums["token_loss"] / max(1.0, sums["tokens"]),
-            "match_loss": -sums["mass"] / rows,
-            "match_loss_per_key": -sums["mass_per_key"] / rows,
+        metrics = {  # no loss where no clip was usable
+            **({"loss": sums["token_loss"] / sums["tokens"]} if sums["tokens"] else {}),
+            **({"match_loss": -sums["mass"] / rows, "match_loss_per_key": -sums["mass_per_key"] / rows}
+               if sums["rows"] else {}),
             "clips_per_second": sums["rows"] / seconds,
             "tokens_per_second": sums["input_tokens"] / seconds,
             "audio_seconds_per_second": sums["seconds"] / seconds,

@@ -136,6 +136,13 @@ def output(tokens: list[int], losses: list[float], indices: list[list[int]]) -> 
     return batch, out
 
 
+def test_no_loss_is_reported_where_no_clip_was_usable() -> None:
+    meter = Meter(4, torch.device("cpu"))
+    meter.add(StepResult([], torch.tensor(0.0), True, False, 2, 1e-3), [])
+    metrics = meter.report()
+    assert not [name for name in metrics if "loss" in name] and metrics["clips_per_second"] == 0
+
+
 def test_the_meter_reports_means_over_tokens_and_rows() -> None:
     meter = Meter(4, torch.device("cpu"))
     first, second = output([3, 5], [6.0, 20.0], [[0, 1], [0, 3]]), output([2], [1.0], [[1, -1]])
@@ -154,7 +161,7 @@ def test_the_meter_reports_means_over_tokens_and_rows() -> None:
     assert metrics["unused_prompts"] == 0.25 and metrics["unused_prompts_caption"] == 0.5
     assert metrics["waiting_share"] > 0 and metrics["clips_per_second"] > 0
     after = meter.report()
-    assert after["loss"] == 0 and after["effective_prompts"] == 0 and after["skipped_samples"] == 3
+    assert "loss" not in after and after["effective_prompts"] == 0 and after["skipped_samples"] == 3
 
 
 def test_the_meter_counts_retries_by_host() -> None:
