@@ -51,7 +51,7 @@ from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
 from listen_dist.engine.run_lock import RunLock
-from listen_dist.errors import ListenError
+from listen_dist.errors import ListenError, print_in_any_locale
 from listen_dist.evaluation import predictions as files
 from listen_dist.evaluation import report
 from listen_dist.evaluation.decoding import Decoder, check_ids
@@ -193,6 +193,7 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; a known mistake ends it with one line instead of a traceback."""
     code = 1
+    print_in_any_locale()
     try:
         code = evaluate(*parse_arguments(argv))
     except (ListenError, OSError) as error:
