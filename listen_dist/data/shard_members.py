@@ -45,12 +45,15 @@ def unpack_sample(block: bytes, name: str) -> PackedSample:
     """Take a sample out of the part of a tar that covers its members; `name` is its id.
 
     Raises:
-        ShardError, ManifestError: the tar or the record is not as it should be.
+        ShardError: the tar or the record is not as it should be.
     """
     members = _members(block, name)
     if "json" not in members:
         raise ShardError("its .json member is missing")
-    record = record_from_json(members["json"], need_audio=False)
+    try:
+        record = record_from_json(members["json"], need_audio=False)
+    except ListenError as error:  # of a question that is missing, say: not only ManifestErrors
+        raise ShardError(str(error)) from None
     if record.id != name:
         raise ShardError(f"its .json member is of {record.id!r}")
     return PackedSample(record, members)

@@ -120,6 +120,8 @@ HOSTILE = {
         [GOOD[0], member("x.json", RECORD.replace(b"asr", b"azr")), GOOD[2]],
         "unknown task 'azr'",
     ),
+    "no question": ([GOOD[0], member("x.json", RECORD.replace(b"asr", b"speech_qa")), GOOD[2]], "needs `question`"),
+    "no answer": ([GOOD[0], member("x.json", RECORD.replace(b'"hi"', b'""')), GOOD[2]], "key 'target' is empty"),
     "flipped FLAC": ([member("x.flac", FLIPPED), *GOOD[1:]], "damaged"),
     "empty FLAC": ([member("x.flac"), *GOOD[1:]], "empty file"),
     "features wide": (
