@@ -18,6 +18,8 @@ from omegaconf import OmegaConf
 
 from listen_dist.schema import PATH, Config, ConfigError
 
+MOST_VALUES = 100_000
+"""In a text, aliases written out. A few lines of aliases of aliases can stand for billions."""
 _NULL = "tag:yaml.org,2002:null"
 
 
@@ -35,6 +37,9 @@ def read(text: str, where: str, hint: Any = Config) -> Any:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
             return None
+        if _size(node, {}) > MOST_VALUES:
+            raise ConfigError(f"{where}: its aliases (`*name`) stand for more than {MOST_VALUES:,} values; write out "
+                              "what you need")
         _apply(node, hint, where)
         boxed = yaml.MappingNode("tag:yaml.org,2002:map", [(yaml.ScalarNode("tag:yaml.org,2002:str", "value"), node)])
         # OmegaConf's reader knows more forms of numbers, and refuses a key that comes twice.
@@ -44,6 +49,15 @@ def read(text: str, where: str, hint: Any = Config) -> Any:
         raise
     except Exception as error:  # PyYAML and OmegaConf raise many types for malformed text
         raise ConfigError(f"{where}{_place(error, text)}: not readable as YAML: {_problem(error)}") from error
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Scalars, lists and mappings below a node, one that comes again by an alias counted again."""
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES  # met again below itself: endless
+        below = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(_size(child, known) for child in below)
+    return known[id(node)]
 
 
 def _place(error: Exception, text: str) -> str:

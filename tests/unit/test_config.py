@@ -244,3 +244,12 @@ def test_differences_name_the_keys(base: Path) -> None:
 def test_every_shipped_config_loads(path: Path) -> None:
     config = configuration.load(path)
     assert isinstance(config, Config) and config.data.train and config.data.test
+
+
+@pytest.mark.parametrize("text", [
+    "a0: &a0 [x, x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(9)),
+    "run_dir: &a [*a]\n"])
+def test_aliases_of_aliases_are_counted_before_they_are_written_out(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"c\.yaml: its aliases .* stand for more than 100,000 values"):
+        configuration.load(tmp_path / "c.yaml")
