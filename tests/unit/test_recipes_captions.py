@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from listen_dist.data.manifest import ManifestError
 from listen_dist.structures import Record
 from tests.recipes import Damage, edit, error_of, remove, run_recipe, sound
 
@@ -211,3 +212,11 @@ def test_broken_audiocaps_is_named(audiocaps: Path, tmp_path: Path, damage: Dama
 def test_a_pattern_of_unknown_columns_is_refused(audiocaps: Path, tmp_path: Path) -> None:
     found = error_of("audiocaps", tmp_path, audiocaps, "--audio", "{ytid}.wav")
     assert found == "--audio {ytid}.wav: use {split} and {audiocap_id}, {youtube_id}, {start_time}, {caption}"
+
+
+def test_no_manifest_is_written_where_another_split_is_wrong(clotho: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(clotho, tmp_path / "set" / "clotho"))
+    edit(EVALUATION, "Santa_Motor.wav", "Santa Motor.wav")(folder)
+    with pytest.raises(ManifestError, match=r"clotho\.test: id 'clotho-Santa_Motor-\w+' comes twice"):
+        run_recipe("clotho", tmp_path / "m", folder)
+    assert not list((tmp_path / "m").glob("*"))

@@ -6,7 +6,7 @@ import argparse
 import csv
 import re
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +17,7 @@ from phone_rules import digest
 from tqdm import tqdm
 
 from listen_dist.data.decode import JOIN_SILENCE_SECONDS, probe_seconds
-from listen_dist.data.manifest import write_manifest
+from listen_dist.data.manifest import checked, write_manifest
 from listen_dist.errors import ListenError
 from listen_dist.structures import Record
 
@@ -176,6 +176,8 @@ def write_splits(name: str, splits: dict[str, list[Record]], options: argparse.N
             raise PrepareError(f"{name}.{split} has no samples: {cure}")
     paths = dict.fromkeys(path for records in splits.values() for record in records for path in record.audio)
     seconds = audio_seconds(list(paths), options.threads, cure)
+    for split, records in splits.items():  # before the first manifest is written
+        deque(checked(records, f"{name}.{split}"), maxlen=0)
     print(f"{'set':<22}{'split':<16}{'records':>8}{'hours':>9}  answers")
     for split, records in splits.items():
         measured = [replace(record, duration=_duration(record, seconds)) for record in records]
