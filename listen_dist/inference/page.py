@@ -23,6 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.exceptions import HTTPException
 
 from listen_dist.data.decode import AudioError, decode_audio
 from listen_dist.errors import ListenError
@@ -87,6 +88,10 @@ def build(listener: Listener, served: Served, uploads: Uploads) -> FastAPI:
     async def not_understood(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         return _error(422, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
+
+    @app.exception_handler(HTTPException)  # of the framework: no such path, another method, a body that is no text
+    async def refused(_: Request, error: HTTPException) -> Response:
+        return _error(error.status_code, str(error.detail))
 
     for path, (name, kind) in FILES.items():
         app.get(path)(_file(Path(__file__).with_name(name), kind))
