@@ -43,7 +43,12 @@ def trained(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> 
 def untrained(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with one checkpoint, whose projector and pool are not those that a seed gives."""
     folder = tmp_path_factory.mktemp("untrained") / "run"
-    config = tiny_world.config("parallel.llm=replicated", f"run_dir={folder}")
+    write_untrained(tiny_world, folder)
+    return folder
+
+
+def write_untrained(world: tiny.Tiny, folder: Path) -> None:
+    config = world.config("parallel.llm=replicated", f"run_dir={folder}")
     trainable = assemble(config, torch.device("cpu")).model.trainable
     torch.manual_seed(5)
     with torch.no_grad():
@@ -51,7 +56,6 @@ def untrained(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -
             p.add_(0.3 * torch.randn_like(p))
     optimizer = build_optimizer(trainable, config.train)
     checkpoint.write(folder / "checkpoints", checkpoint.snapshot(config, TrainState(3), trainable, optimizer))
-    return folder
 
 
 @pytest.fixture(scope="session")
