@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from shard_inputs import InputFile, SetPlan, rows_hash
 from tqdm import tqdm
 
-from listen_dist.data.decode import AudioError, decode_audio, join_utterances, probe_seconds
-from listen_dist.data.manifest import ManifestError, atomic_file, file_sha256, read_manifest, record_to_dict
+from listen_dist.data.decode import AudioError, UnreachableAudio, join_utterances, probe_seconds, read_audio
+from listen_dist.data.manifest import ManifestError, atomic_file, file_sha256, read_manifest
 from listen_dist.data.shard_writer import WrittenShard, shard_name, write_index, write_shard
 from listen_dist.data.shards import (
     FORMAT_VERSION,
@@ -55,7 +57,6 @@ class BuildOptions:
     max_seconds: float
     speech_encoder: str | None
     """Folder or name of the Whisper model whose frames are stored; None: no features."""
-    dtype: str
     shard_bytes: int = 0
     """Size of a shard, about."""
     audio_encoder: str | None = None
@@ -70,8 +71,32 @@ class Job:
     folder: Path
     records: tuple[Record, ...]
     plan: str
-    """Hash of all that decides the shard's bytes."""
+    """Hash of all that decides the shard's bytes, beside what the audio files hold."""
     options: BuildOptions
+
+    @property
+    def paths(self) -> list[str]:
+        """Of its audio files, in order."""
+        return [path for record in self.records for path in record.audio]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What one should know of a sample though it is used (`listen_dist.data.decode.Sound`)."""
+
+    id: str
+    shard: str
+    remark: str
+
+
+@dataclass
+class Notes:
+    """What building a shard brings to light."""
+
+    skipped: list[SkippedSample] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
+    unreachable: set[str] = field(default_factory=set)
+    """Audio files that the system didn't hand out."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +104,7 @@ class Done:
     """One shard that is built (None: every sample was skipped)."""
 
     shard: WrittenShard | None
-    skipped: tuple[SkippedSample, ...]
+    notes: Notes
     kept: bool
 
 
@@ -95,12 +120,14 @@ def build(
         ShardError: a folder holds shards of other input, or not one sample of a set could be used.
     """
     features = _feature_infos(options)
-    jobs = {out: plan_jobs(_read_all(manifests), out, options, features) for out, manifests in sets.items()}
+    records = {out: _read_all(manifests) for out, manifests in sets.items()}
     with contextlib.ExitStack() as locks:
-        for out, group in jobs.items():
+        jobs: dict[Path, list[Job]] = {}
+        for out, rows in records.items():
             (out / PROGRESS_FOLDER).mkdir(parents=True, exist_ok=True)
             locks.enter_context(_only_writer(out))
-            _check_output(out, group, overwrite)
+            plan, jobs[out] = plan_jobs(rows, out, options, features)
+            _check_output(out, plan, jobs[out], overwrite)
         done = _run_jobs([job for group in jobs.values() for job in group], workers)
         return [_finish_set(out, [done[out, job.name] for job in group], features) for out, group in jobs.items()]
 
@@ -119,40 +146,59 @@ def _only_writer(out: Path) -> Iterator[None]:
 
 def _finish_set(out: Path, done: list[Done], features: list[FeatureInfo]) -> ShardIndex:
     shards = [item.shard for item in done if item.shard]
-    skipped = [sample for item in done for sample in item.skipped]
-    with atomic_file(out / "skipped.jsonl") as file:
-        file.writelines(json.dumps(asdict(sample), ensure_ascii=False).encode() + b"\n" for sample in skipped)
+    skipped = [sample for item in done for sample in item.notes.skipped]
+    remarks = [remark for item in done for remark in item.notes.remarks]
+    rows: list[SkippedSample] | list[Remark]
+    for name, rows in (("skipped.jsonl", skipped), ("remarks.jsonl", remarks)):
+        with atomic_file(out / name) as file:
+            file.writelines(json.dumps(asdict(row), ensure_ascii=False).encode() + b"\n" for row in rows)
+    unreachable = sorted({path for item in done for path in item.notes.unreachable})
+    if unreachable:
+        print(f"warning: {out}: {len(unreachable)} files were out of reach, for instance {unreachable[0]}; the same "
+              "command tries them again", file=sys.stderr)
     if not shards:
-        raise ShardError(
-            f"{out}: not one of {len(skipped)} samples could be used; see {out / 'skipped.jsonl'}"
-        )
+        raise ShardError(f"{out}: not one of {len(skipped)} samples could be used, the first because: "
+                         f"{skipped[0].reason}; see {out / 'skipped.jsonl'}")
     write_index(out, shards, len(skipped), *(features or [None]))
     index = ShardIndex.load(out)
-    _print_summary(index, sum(item.kept for item in done), skipped, out)
+    _print_summary(index, sum(item.kept for item in done), skipped, remarks, out)
     return index
 
 
-def plan_jobs(
-    records: list[Record], out: Path, options: BuildOptions, features: list[FeatureInfo]
-) -> list[Job]:
-    """Cut the records, in the order of md5(id), into shards of about `shard_seconds` or `shard_bytes`."""
+def plan_jobs(records: list[Record], out: Path, options: BuildOptions, features: list[FeatureInfo],
+              ) -> tuple[SetPlan, list[Job]]:
+    """Cut the records, in the order of md5(id), into shards of about `shard_seconds` or `shard_bytes`.
+
+    A set that was cut before is cut in the same places: a file that was out of reach then must not move all others.
+    """
     ordered = sorted(records, key=lambda r: hashlib.md5(r.id.encode(), usedforsecurity=False).digest())
+    encoders = [asdict(info) for info in features]
+    named = {"format": FORMAT_VERSION, "max_seconds": options.max_seconds, "shard_seconds": options.shard_seconds,
+             "shard_bytes": options.shard_bytes, "encoders": encoders}
+    plan = SetPlan(rows_hash(ordered), len(ordered), named, [])
+    saved = SetPlan.load(out / PROGRESS_FOLDER)
+    same = saved is not None and replace(saved, counts=[]) == plan and sum(saved.counts) == len(ordered)
+    plan = saved if saved and same else replace(plan, counts=_cut(ordered, options))
+    ends = itertools.accumulate(plan.counts)
+    groups = [ordered[end - count : end] for count, end in zip(plan.counts, ends, strict=True)]
+    return plan, [Job(shard_name(number), out, tuple(group),
+                      rows_hash(group, FORMAT_VERSION, options.max_seconds, encoders), options)
+                  for number, group in enumerate(groups)]
+
+
+def _cut(ordered: list[Record], options: BuildOptions) -> list[int]:
+    """Records of each shard."""
     shard_seconds = options.shard_seconds or options.shard_bytes / _bytes_per_second(ordered, options)
-    groups: list[list[Record]] = [[]]
+    counts = [0]
     filled = 0.0
     for record in tqdm(ordered, desc="plan", unit="clip", leave=False, **_QUIET):
-        seconds = record.duration or sum(
-            probe_seconds(a) or _ASSUMED_SECONDS for a in record.audio if os.path.isfile(a)
-        )
-        if groups[-1] and filled + seconds > shard_seconds:
-            groups.append([])
+        seconds = record.duration or sum(probe_seconds(path) or _ASSUMED_SECONDS for path in record.audio)
+        if counts[-1] and filled + seconds > shard_seconds:
+            counts.append(0)
             filled = 0.0
-        groups[-1].append(record)
+        counts[-1] += 1
         filled += seconds
-    return [
-        Job(shard_name(number), out, tuple(group), _plan_hash(group, options, features), options)
-        for number, group in enumerate(groups)
-    ]
+    return counts
 
 
 def _bytes_per_second(ordered: list[Record], options: BuildOptions) -> float:
@@ -163,7 +209,7 @@ def _bytes_per_second(ordered: list[Record], options: BuildOptions) -> float:
     """
     with tempfile.TemporaryDirectory(prefix="listen-measure-") as folder:
         job = Job(shard_name(0), Path(folder), tuple(ordered[:_MEASURED]), "", options)
-        written = write_shard(job.folder / job.name, _usable_samples(job, []))
+        written = write_shard(job.folder / job.name, _usable_samples(job, Notes()))
     if written is None:
         raise ShardError(f"none of the first {len(job.records)} samples can be used, so what a second takes is not "
                          "known; give --shard-seconds, and see skipped.jsonl then")
@@ -173,17 +219,20 @@ def _bytes_per_second(ordered: list[Record], options: BuildOptions) -> float:
 def build_shard(job: Job) -> Done:
     """Build one shard and note from what."""
     torch.set_num_threads(1)  # a worker a core: more threads would only spin against each other
-    skipped: list[SkippedSample] = []
-    written = write_shard(job.folder / job.name, _usable_samples(job, skipped))
+    notes = Notes()
+    written = write_shard(job.folder / job.name, _usable_samples(job, notes))
+    files = [InputFile(path) if path in notes.unreachable else InputFile.of(path) for path in job.paths]
     progress = {
         "plan": job.plan,
+        "inputs": [asdict(file) for file in files],
         "entry": asdict(written.entry) if written else None,
         "languages": written.languages if written else {},
-        "skipped": [asdict(sample) for sample in skipped],
+        "skipped": [asdict(sample) for sample in notes.skipped],
+        "remarks": [asdict(remark) for remark in notes.remarks],
     }
     with atomic_file(_progress_file(job)) as file:
         file.write(json.dumps(progress).encode())
-    return Done(written, tuple(skipped), kept=False)
+    return Done(written, notes, kept=False)
 
 
 def _read_all(manifests: Iterable[Path]) -> list[Record]:
@@ -202,44 +251,41 @@ def _read_all(manifests: Iterable[Path]) -> list[Record]:
     return records
 
 
-def _plan_hash(records: list[Record], options: BuildOptions, features: list[FeatureInfo]) -> str:
-    """Hash what decides a shard's bytes; audio files stand for themselves by size and time of change."""
-    files = [_file_state(path) for record in records for path in record.audio]
-    rows = [record_to_dict(record) for record in records]
-    encoders = [asdict(info) for info in features]
-    # One encoder stands alone, as when there was no second: shards of then need not be built again.
-    encoder = encoders[0] if len(encoders) == 1 else encoders or None
-    plan = [FORMAT_VERSION, rows, files, options.max_seconds, encoder, options.dtype if features else None]
-    return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-
-
-def _file_state(path: str) -> tuple[int, int] | None:
-    try:
-        state = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return state.st_size, state.st_mtime_ns
-
-
-def _check_output(out: Path, jobs: list[Job], overwrite: bool) -> None:
+def _check_output(out: Path, plan: SetPlan, jobs: list[Job], overwrite: bool) -> None:
     """Refuse to mix with a finished set of other input; make room when the plan changed or was never finished."""
+    progress = out / PROGRESS_FOLDER
     plans = {job.name: job.plan for job in jobs}
-    strangers = [
-        path
-        for path in sorted(out.glob("shard-*.tar"))
-        if _saved_plan(out, path.name) != plans.get(path.name)
-    ]
-    if (out / INDEX_NAME).is_file() and strangers:
-        if not overwrite:
-            raise ShardError(
-                f"{out}: holds shards of other manifests or options ({strangers[0].name});"
-                " give another folder, or --overwrite to replace them"
-            )
-        (out / INDEX_NAME).unlink()  # first: an index must never name shards that are being replaced
+    written = sorted(out.glob("shard-*.tar"))
+    strangers = [path for path in written if _saved_plan(out, path.name) != plans.get(path.name)]
+    again, changed = _changed_inputs(jobs)
+    if (out / INDEX_NAME).is_file() and (strangers or changed) and not overwrite:
+        what = plan.difference(SetPlan.load(progress)) if strangers else (
+            f"{changed[0]}{f' and {len(changed) - 1} more files' if changed[1:] else ''} held something else then")
+        raise ShardError(f"{out}: holds shards of other input: {what}; give another folder, or --overwrite to write "
+                         "anew what changed")
+    if strangers or again:
+        (out / INDEX_NAME).unlink(missing_ok=True)  # first: an index must never name shards that are being replaced
+    for job in again:
+        _progress_file(job).unlink()
     for path in strangers:
         if path.name not in plans:
             path.unlink()
             path.with_name(path.name.removesuffix(".tar") + ".samples.json").unlink(missing_ok=True)
+    plan.save(progress)
+
+
+def _changed_inputs(jobs: list[Job]) -> tuple[list[Job], list[str]]:
+    """The jobs to do again, since a file holds something else or is within reach now, and the files that changed."""
+    again, changed = [], []
+    for job in jobs:
+        progress = _read_json(_progress_file(job)) or {}
+        if progress.get("plan") != job.plan:
+            continue
+        files = [InputFile(**file) for file in progress["inputs"]]
+        moved = [(file, path) for file, path in zip(files, job.paths, strict=True) if file.has_changed(path)]
+        again += [job] if moved else []
+        changed += [path for file, path in moved if file.sha256]
+    return again, changed
 
 
 def _saved_plan(out: Path, name: str) -> str | None:
@@ -280,9 +326,11 @@ def _finished(job: Job) -> Done | None:
     progress = _read_json(_progress_file(job))
     if not progress or progress.get("plan") != job.plan:
         return None
-    skipped = tuple(SkippedSample(**sample) for sample in progress["skipped"])
+    notes = Notes([SkippedSample(**sample) for sample in progress["skipped"]],
+                  [Remark(**remark) for remark in progress["remarks"]],
+                  {file["path"] for file in progress["inputs"] if not file["sha256"]})
     if progress["entry"] is None:
-        return Done(None, skipped, kept=True)
+        return Done(None, notes, kept=True)
     entry = ShardEntry(**progress["entry"])
     try:
         intact = (
@@ -291,7 +339,7 @@ def _finished(job: Job) -> Done | None:
         )
     except OSError:
         return None
-    return Done(WrittenShard(entry, progress["languages"]), skipped, kept=True) if intact else None
+    return Done(WrittenShard(entry, progress["languages"]), notes, kept=True) if intact else None
 
 
 def _progress_file(job: Job) -> Path:
@@ -306,38 +354,50 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _usable_samples(job: Job, skipped: list[SkippedSample]) -> Iterator[AudioSample]:
+def _usable_samples(job: Job, notes: Notes) -> Iterator[AudioSample]:
     for record in job.records:
         try:
-            waveform = _decode(record, job.options.max_seconds)
-        except (AudioError, OSError) as error:
-            skipped.append(SkippedSample(record.id, job.name, str(error), record.task))
+            waveform, remarks = _decode(record, job.options.max_seconds)
+            sample = AudioSample(record, waveform, *_features(waveform, job.options))
+        except (AudioError, ShardError) as error:
+            notes.skipped.append(SkippedSample(record.id, job.name, str(error), record.task))
+            notes.unreachable.update(record.audio if isinstance(error, UnreachableAudio) else ())
             continue
-        yield AudioSample(record, waveform, *_features(waveform, job.options))
+        notes.remarks += [Remark(record.id, job.name, remark) for remark in remarks]
+        yield sample
 
 
-def _decode(record: Record, max_seconds: float) -> np.ndarray:
-    """Return float32 [S]; two files are joined, and their sum must keep the limit."""
-    waveforms = [decode_audio(path, max_seconds) for path in record.audio]
-    waveform = waveforms[0] if len(waveforms) == 1 else join_utterances(waveforms[0], waveforms[1])
+def _decode(record: Record, max_seconds: float) -> tuple[np.ndarray, list[str]]:
+    """Return float32 [S] and what there is to say of it; two files are joined, and their sum must keep the limit."""
+    sounds = [read_audio(path, max_seconds) for path in record.audio]
+    waveform = join_utterances(*(sound.samples for sound in sounds)) if sounds[1:] else sounds[0].samples
     if len(waveform) > max_seconds * SAMPLE_RATE:
         raise AudioError(f"two utterances joined are longer than {max_seconds:g} s")
-    return waveform
+    return waveform, [remark for sound in sounds for remark in sound.remarks]
 
 
 def _features(waveform: np.ndarray, options: BuildOptions) -> list[np.ndarray]:
-    """Return the encoders' float16 [F, E] on the clip's true length, that of speech first; maybe none."""
-    return [encoder.encode([prepare(waveform)])[0].float().cpu().numpy().astype(np.float16)
-            for encoder, prepare in _encoders(options.speech_encoder, options.audio_encoder, options.dtype)]
+    """Return the encoders' float16 [F, E] on the clip's true length, that of speech first; maybe none.
+
+    Raises:
+        ShardError: a value isn't finite, or float16 can't hold it.
+    """
+    found = []
+    for encoder, prepare in _encoders(options.speech_encoder, options.audio_encoder):
+        frames = encoder.encode([prepare(waveform)])[0].float().cpu().numpy().astype(np.float16)
+        if not np.isfinite(frames).all():
+            raise ShardError(f"frames of {type(encoder).__name__} aren't finite (NaN, or too large for float16)")
+        found.append(frames)
+    return found
 
 
 def _feature_infos(options: BuildOptions) -> list[FeatureInfo]:
     return [FeatureInfo(encoder.fingerprint, encoder.width, ENCODER_RATE)
-            for encoder, _ in _encoders(options.speech_encoder, options.audio_encoder, options.dtype)]
+            for encoder, _ in _encoders(options.speech_encoder, options.audio_encoder)]
 
 
 @lru_cache(maxsize=1)
-def _encoders(speech: str | None, audio: str | None, dtype: str) -> list[tuple[Any, _Input]]:
+def _encoders(speech: str | None, audio: str | None) -> list[tuple[Any, _Input]]:
     """Load the encoders once a process, each with what makes its input; imported late: transformers takes seconds."""
     if speech is None:
         return []
@@ -345,12 +405,12 @@ def _encoders(speech: str | None, audio: str | None, dtype: str) -> list[tuple[A
     from listen_dist.models.beats import load_audio_encoder
     from listen_dist.models.encoders import load_speech_encoder
 
-    of_type = getattr(torch, dtype)
-    found: list[tuple[Any, _Input]] = [(load_speech_encoder(speech, of_type), LogMel.from_pretrained(speech))]
-    return [*found, (load_audio_encoder(audio, of_type), Fbank())] if audio else found
+    found: list[tuple[Any, _Input]] = [(load_speech_encoder(speech, torch.float32), LogMel.from_pretrained(speech))]
+    return [*found, (load_audio_encoder(audio, torch.float32), Fbank())] if audio else found
 
 
-def _print_summary(index: ShardIndex, kept: int, skipped: list[SkippedSample], out: Path) -> None:
+def _print_summary(index: ShardIndex, kept: int, skipped: list[SkippedSample], remarks: list[Remark],
+                   out: Path) -> None:
     tasks = ", ".join(f"{task} {count}" for task, count in index.tasks.items())
     print(
         f"{out}: {index.samples} samples, {index.seconds / 3600:.2f} h in {len(index.shards)} shards"
@@ -359,3 +419,8 @@ def _print_summary(index: ShardIndex, kept: int, skipped: list[SkippedSample], o
     if skipped:
         print(f"skipped {len(skipped)} samples, for instance {skipped[0].id}: {skipped[0].reason}")
         print(f"all of them with reasons: {out / 'skipped.jsonl'}")
+    for kind, count in Counter(remark.remark.partition(":")[0] for remark in remarks).items():
+        example = next(remark.id for remark in remarks if remark.remark.startswith(kind))
+        print(f"used all the same, {kind}: {count} times, for instance {example}")
+    if remarks:
+        print(f"all of them: {out / 'remarks.jsonl'}")

@@ -40,7 +40,6 @@ def main() -> None:
                 shard_seconds=0.0 if options.shard_mb else options.shard_seconds,
                 max_seconds=options.max_seconds,
                 speech_encoder=options.speech_encoder if options.features else None,
-                dtype=options.dtype,
                 shard_bytes=int(options.shard_mb * 1e6),
                 audio_encoder=options.audio_encoder,
             )
@@ -96,10 +95,7 @@ def _parse() -> argparse.Namespace:
         "--speech-encoder", metavar="DIR", help="Whisper folder or name, with --features"
     )
     parser.add_argument("--audio-encoder", metavar="FILE", help="BEATs checkpoint, with --features speech,audio")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="in which the encoder computes"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace shards of another manifest in OUT")
+    parser.add_argument("--overwrite", action="store_true", help="replace shards of other input in OUT")
     parser.add_argument("--verify", action="store_true", help="check hashes, decode every sample")
     parser.add_argument("--stats", action="store_true", help="print hours, tasks, languages, lengths")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw lengths and hours by task (png, pdf, svg)")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from listen_dist.data.shard_members import ShardError, Want
-from listen_dist.data.shards import ShardIndex
+from listen_dist.data.shards import FEATURES_VERSION, ShardIndex
 from listen_dist.structures import SAMPLE_RATE, AudioSample
 
 _EDGES = [0, 1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 1e9]
@@ -21,22 +21,39 @@ def verify_all(index: ShardIndex, max_seconds: float) -> None:
     """Check every hash, read and decode every sample, and compare it with what the sidecar says of it.
 
     Raises:
-        ShardError: the first thing that is wrong.
+        ShardError: a hash differs, or samples are wrong: it names the first, and each is printed.
     """
     index.verify()
     want: Want = "both" if index.features else "audio"
     shard_of: dict[str, str] = {}
+    silent: list[str] = []
+    wrong: list[ShardError] = []
     with tqdm(total=index.samples, desc="verify", unit="clip", mininterval=0.5 if sys.stderr.isatty() else 30.0) as bar:
         for number, entry in enumerate(index.shards):
             table, where = index.shard_table(number), str(index.folder / entry.name)
             for row, name in enumerate(table.ids):
-                if name in shard_of:
-                    raise ShardError(f"{where}: id {name!r} stands in {shard_of[name]} too; ids are unique in a set")
-                shard_of[name] = where
-                sample = index.read_sample(number, row, want=want, max_seconds=max_seconds)
-                _compare(sample, float(table.seconds[row]), str(table.tasks[row]), where)
                 bar.update()
+                try:
+                    if name in shard_of:
+                        raise ShardError(f"{where}: id {name!r} stands in {shard_of[name]} too; ids are unique in a "
+                                         "set")
+                    shard_of[name] = where
+                    sample = index.read_sample(number, row, want=want, max_seconds=max_seconds)
+                    _compare(sample, float(table.seconds[row]), str(table.tasks[row]), where)
+                except ShardError as error:
+                    tqdm.write(str(error), file=sys.stderr)
+                    wrong.append(error)
+                    continue
+                if sample.waveform is not None and sample.waveform.min() == sample.waveform.max():
+                    silent.append(name)
+    if wrong:
+        raise ShardError(f"{wrong[0]} ({len(wrong)} of {index.samples} samples are wrong)")
     print(f"{index.folder}: all {index.samples} samples in {len(index.shards)} shards are intact")
+    if silent:
+        print(f"{len(silent)} of them are digital silence, for instance {silent[0]}")
+    if any(info and info.version != FEATURES_VERSION for info in (index.features, index.audio_features)):
+        print("its stored frames were made by another version of this tool; write them anew (docs/data.md, Older "
+              "shards)")
 
 
 def _compare(sample: AudioSample, seconds: float, task: str, where: str) -> None:

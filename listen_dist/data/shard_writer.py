@@ -17,6 +17,7 @@ import webdataset
 
 from listen_dist.data.decode import to_pcm16
 from listen_dist.data.manifest import atomic_file, file_sha256, record_to_dict
+from listen_dist.data.shard_members import ShardError
 from listen_dist.data.shards import FORMAT_VERSION, INDEX_NAME, FeatureInfo, ShardEntry
 from listen_dist.structures import SAMPLE_RATE, AudioSample
 from listen_dist.tasks import instruction_for
@@ -40,6 +41,9 @@ def write_shard(path: Path, samples: Iterable[AudioSample]) -> WrittenShard | No
 
     Each file is written under a temporary name, synced and renamed, the sidecar last.
     Returns None, and leaves no file, if `samples` is empty.
+
+    Raises:
+        ShardError: stored frames that aren't finite.
     """
     columns: dict[str, list[Any]] = {
         key: [] for key in ("id", "offset", "bytes", "seconds", "task", "text_chars")
@@ -121,6 +125,8 @@ def _members(sample: AudioSample) -> dict[str, Any]:
     }
     for kind, frames in (("speech", sample.features), ("audio", sample.audio_features)):
         if frames is not None:
+            if not np.isfinite(frames).all():
+                raise ShardError(f"sample {sample.record.id!r}: its {kind} frames aren't finite, so they aren't stored")
             members[f"{kind}.npy"] = encode_features(frames)
     return members
 

@@ -36,6 +36,9 @@ from listen_dist.schema import DataConfig
 from listen_dist.structures import AudioSample
 
 FORMAT_VERSION = 1
+FEATURES_VERSION = 2
+"""How frames are made. 2: by the encoder in fp32, from the samples as the shard holds them. 1, which says nothing of
+itself: in any type, from samples before they were rounded to 16 bits, and perhaps from memory that was never filled."""
 INDEX_NAME = "index.json"
 MOST_CHECKED = 10_000
 """Shards whose size is compared with the index at start; all of them in a set of up to so many."""
@@ -60,6 +63,7 @@ class FeatureInfo:
     """E, the width of a frame."""
     rate: int
     """Frames a second."""
+    version: int = FEATURES_VERSION
 
 
 @dataclass(frozen=True)
@@ -222,8 +226,9 @@ def _join(address: str, indexes: list[ShardIndex]) -> ShardIndex:
     first = indexes[0]
     for index in indexes:
         if (index.features, index.audio_features) != (first.features, first.audio_features):
-            raise ShardError(f"{index.folder}: its stored features are not of the encoder that made those of "
-                             f"{first.folder}; write one of them anew, or give each a set of its own")
+            raise ShardError(f"{index.folder}: its stored features are not of the encoder, or the version of "
+                             f"tools/shard_dataset.py, that made those of {first.folder}; write one of them anew, or "
+                             "give each a set of its own")
     return ShardIndex(
         folder=JoinedFolder(address, tuple(locate(index.folder, "")[0] for index in indexes)),
         shards=ShardEntries(replace(shard, name=f"{number}/{shard.name}")
@@ -296,6 +301,7 @@ def _features_from_json(data: Any, kind: str, where: str) -> FeatureInfo | None:
         _get(info, "fingerprint", str, where),
         _get(info, "width", int, where),
         _get(info, "rate", int, where),
+        _get(info, "version", int, where) if "version" in info else 1,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -13,7 +15,7 @@ from listen_dist.data.features import Fbank, LogMel
 from listen_dist.data.loader import BatchReader
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.schedule import TokenCost
-from listen_dist.data.shards import ShardIndex
+from listen_dist.data.shards import FEATURES_VERSION, ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.data.text_cost import learn_text_tokens
 from listen_dist.engine.sharding import Sharding, sharding_for
@@ -26,6 +28,8 @@ from listen_dist.models.projector import build_projector
 from listen_dist.models.rivals import TaskPool, build_pool
 from listen_dist.schema import Config, ConfigError, SetConfig
 from listen_dist.structures import ENCODER_RATE
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Parts:
             if self.config.data.stored_features and stored and encoder and stored.fingerprint != encoder.fingerprint:
                 raise ConfigError(f"{index.folder}: its stored features come from another encoder than "
                                   f"model.{key} = {path!r}; write the shards anew, or set data.stored_features=false")
+            if self.config.data.stored_features and stored and stored.version != FEATURES_VERSION:
+                _name_other_version(str(index.folder))
 
     def mixture(self, reader: BatchReader) -> Mixture:
         """The training sets, mixed as the config says."""
@@ -88,6 +94,13 @@ class Parts:
         frame = self.text.frame
         return TokenCost(prompts + len(frame.bos) + len(frame.before) + self.text.fixed_after + 1,
                          ENCODER_RATE / self.model.projector.window_frames)
+
+
+@lru_cache  # once for each folder
+def _name_other_version(folder: str) -> None:
+    logger.warning("%s: its stored frames were made by another version of tools/shard_dataset.py than this one: "
+                   "answers may differ from those about the audio itself, and of an older version frames may be wrong "
+                   "(docs/data.md, Older shards). Write them anew, or set data.stored_features=false", folder)
 
 
 def with_pool_tasks(config: Config) -> Config:

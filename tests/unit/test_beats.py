@@ -263,7 +263,7 @@ def test_stored_frames_of_both_encoders_equal_a_run_of_them(parts: Parts, tmp_pa
         records[i] = dataclasses.replace(record, audio=(str(file),))
     write_manifest(tmp_path / "m.jsonl", records)
     model = parts.config.model
-    options = BuildOptions(60.0, 5.0, model.speech_encoder, "float32", audio_encoder=model.audio_encoder)
+    options = BuildOptions(60.0, 5.0, model.speech_encoder, audio_encoder=model.audio_encoder)
     (index,) = build({tmp_path / "set": [tmp_path / "m.jsonl"]}, options, workers=1, overwrite=False)
     assert index.audio_features is not None and index.audio_features.width == 24
     verify_all(index, 5.0)

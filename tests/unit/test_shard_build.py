@@ -15,21 +15,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from filelock import FileLock
 
+from listen_dist.data import shard_writer
+from listen_dist.data.decode import Sound, UnreachableAudio, read_audio
 from listen_dist.data.manifest import write_manifest
-from listen_dist.data.shards import ShardIndex
+from listen_dist.data.shard_writer import encode_features, write_index, write_shard
+from listen_dist.data.shards import FeatureInfo, ShardIndex
 from listen_dist.errors import ListenError
-from listen_dist.structures import Record
+from listen_dist.structures import AudioSample, Record
 from tests import launching
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
+import shard_build  # noqa: E402
 from shard_build import BuildOptions, build  # noqa: E402
 from shard_stats import plot, print_stats, verify_all  # noqa: E402
 
-OPTIONS = BuildOptions(shard_seconds=2.0, max_seconds=5.0, speech_encoder=None, dtype="float32")
+OPTIONS = BuildOptions(shard_seconds=2.0, max_seconds=5.0, speech_encoder=None)
 
 
 def make_manifest(folder: Path, count: int = 12) -> Path:
@@ -219,7 +224,7 @@ def test_other_input_is_refused_unless_told(tmp_path: Path) -> None:
     build({out: [make_manifest(tmp_path / "a")]}, OPTIONS, workers=1, overwrite=False)
     before = tree(out)
     other = make_manifest(tmp_path / "b", count=3)
-    with pytest.raises(ListenError, match="holds shards of other manifests or options"):
+    with pytest.raises(ListenError, match="of other input: the manifests changed .13 records then, 4 now."):
         build({out: [other]}, OPTIONS, workers=1, overwrite=False)
     assert tree(out) == before
     (index,) = build({out: [other]}, OPTIONS, workers=1, overwrite=True)
@@ -227,12 +232,121 @@ def test_other_input_is_refused_unless_told(tmp_path: Path) -> None:
     assert len(list(out.glob("shard-*.tar"))) == len(index.shards) < 4
 
 
+def test_a_clip_out_of_reach_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest, out = make_manifest(tmp_path / "audio"), tmp_path / "out"
+    (tmp_path / "audio/4.wav").rename(tmp_path / "4.wav")
+    refused: list[object] = []
+
+    def refuse_once(path: str, max_seconds: float) -> Sound:
+        if path.endswith("/7.wav") and not refused:
+            refused.append(path)
+            raise UnreachableAudio(f"{path}: can't be read: Input/output error")
+        return read_audio(path, max_seconds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_build, "read_audio", refuse_once)
+        (index,) = build({out: [manifest]}, OPTIONS, workers=1, overwrite=False)
+    assert (index.samples, index.skipped) == (11, 2)
+    assert "2 files were out of reach, for instance" in capsys.readouterr().err
+    (tmp_path / "4.wav").rename(tmp_path / "audio/4.wav")
+    (index,) = build({out: [manifest]}, OPTIONS, workers=1, overwrite=False)
+    assert (index.samples, index.skipped) == (13, 0)
+    assert "out of reach" not in capsys.readouterr().err
+    assert sorted(name for shard in range(len(index.shards)) for name in index.shard_table(shard).ids) == sorted(
+        [*(f"c{n}" for n in range(12)), "pair"])
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    build({out: [manifest]}, OPTIONS, workers=1, overwrite=False)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("shard-*")} == stamps, "all are kept"
+
+
+def test_only_what_files_hold_matters(tmp_path: Path) -> None:
+    manifest, out = make_manifest(tmp_path / "audio"), tmp_path / "out"
+    build({out: [manifest]}, OPTIONS, workers=1, overwrite=False)
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    os.utime(tmp_path / "audio/3.wav")
+    shutil.move(tmp_path / "audio", tmp_path / "moved")
+    text = (tmp_path / "moved/m.jsonl").read_text().replace(str(tmp_path / "audio"), str(tmp_path / "moved"))
+    (tmp_path / "moved/m.jsonl").write_text(text)
+    build({out: [tmp_path / "moved/m.jsonl"]}, OPTIONS, workers=1, overwrite=False)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("shard-*")} == stamps, "all are kept"
+    soundfile.write(tmp_path / "moved/3.wav", np.zeros(5_500), 8_000)
+    with pytest.raises(ListenError, match=r"moved/3\.wav held something else then; .* or --overwrite"):
+        build({out: [tmp_path / "moved/m.jsonl"]}, OPTIONS, workers=1, overwrite=False)
+    shorter = dataclasses.replace(OPTIONS, max_seconds=4.0)
+    with pytest.raises(ListenError, match=r"of other input: max_seconds was 5\.0, is 4\.0; give another"):
+        build({out: [tmp_path / "moved/m.jsonl"]}, shorter, workers=1, overwrite=False)
+    build({out: [tmp_path / "moved/m.jsonl"]}, OPTIONS, workers=1, overwrite=True)
+    changed = {path for path in out.glob("shard-*.tar") if path.stat().st_mtime_ns != stamps[path]}
+    assert len(changed) == 1, "only the shard of the file that changed is written again"
+
+
+def test_what_is_used_though_something_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest, out = make_manifest(tmp_path / "audio"), tmp_path / "out"
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 8_000)
+    soundfile.write(tmp_path / "audio/2.wav", np.stack([noise, -noise], 1), 8_000)
+    soundfile.write(tmp_path / "audio/5.wav", np.zeros(8_000), 8_000)
+    file = tmp_path / "audio/6.wav"
+    file.write_bytes(file.read_bytes()[:9_000])
+    (index,) = build({out: [manifest]}, OPTIONS, workers=1, overwrite=False)
+    assert (index.samples, index.skipped) == (13, 0)
+    printed = capsys.readouterr().out
+    for kind, name in (("channels cancel each other", 2), ("digital silence", 5), ("shorter than its header says", 6)):
+        assert f"used all the same, {kind}: 1 times, for instance c{name}\n" in printed
+    rows = [json.loads(line) for line in (out / "remarks.jsonl").read_text().splitlines()]
+    assert sorted(row["id"] for row in rows) == ["c2", "c5", "c6"]
+    before = tree(out)
+    (out / "index.json").unlink()
+    build({out: [manifest]}, OPTIONS, workers=1, overwrite=False)
+    assert tree(out) == before, "kept shards keep their remarks"
+    verify_all(index, 5.0)
+    assert "1 of them are digital silence, for instance c5" in capsys.readouterr().out
+
+
+def test_frames_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
+    class Broken:
+        def encode(self, inputs: list[np.ndarray]) -> list[torch.Tensor]:
+            return [torch.full((len(inputs[0]) // 320, 4), torch.nan if len(inputs[0]) > 15_000 else 1.0)]
+
+    manifest, out = make_manifest(tmp_path / "audio"), tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_build, "_encoders", lambda *_: [(Broken(), lambda wave: wave)])
+        patch.setattr(shard_build, "_feature_infos", lambda _: [FeatureInfo("0" * 64, 4, 50)])
+        (index,) = build({out: [manifest]}, OPTIONS, workers=1, overwrite=False)
+    rows = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert index.skipped == len(rows) > 0 and all("frames of Broken aren't finite" in row["reason"] for row in rows)
+    sample = AudioSample(Record("odd", (), "asr", "x"), np.zeros(800, np.float32), np.full((2, 4), np.inf, np.float16))
+    with pytest.raises(ListenError, match="sample 'odd': its speech frames aren't finite"):
+        write_shard(tmp_path / "shard.tar", [sample])
+    assert not list(tmp_path.glob("shard.tar*"))
+
+
+def test_verify_finds_frames_of_older_shards_that_are_not_finite(tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "old"
+    out.mkdir()
+    frames = np.zeros((2, 4), np.float16)
+    samples = [AudioSample(Record(f"c{n}", (), "asr", "x"), np.full(800, n / 10, np.float32), frames) for n in range(3)]
+    with pytest.MonkeyPatch.context() as patch:  # as an older version wrote them
+        patch.setattr(shard_writer, "encode_features", lambda frames: encode_features(np.full_like(frames, np.nan)))
+        shard = write_shard(out / "shard-000000.tar", samples)
+    assert shard is not None
+    write_index(out, [shard], 0, FeatureInfo("0" * 64, 4, 50))
+    tree = json.loads((out / "index.json").read_text())
+    del tree["features"]["speech"]["version"]
+    (out / "index.json").write_text(json.dumps(tree))
+    index = ShardIndex.load(out)
+    assert index.features is not None and index.features.version == 1
+    with pytest.raises(ListenError, match=r"'c0': stored features are not finite .*\(3 of 3 samples are wrong\)"):
+        verify_all(index, 5.0)
+    assert capsys.readouterr().err.count("stored features are not finite") == 3
+
+
 def test_features_of_the_speech_encoder_are_stored(tmp_path: Path) -> None:
     encoder = Path(__file__).parents[2] / "assets/models/whisper-tiny.en"
     if not encoder.is_dir():
         pytest.skip("the demo models are not there (tools/get_demo_models.py)")
     manifest = make_manifest(tmp_path / "audio", count=2)
-    options = BuildOptions(shard_seconds=60.0, max_seconds=5.0, speech_encoder=str(encoder), dtype="float32")
+    options = BuildOptions(shard_seconds=60.0, max_seconds=5.0, speech_encoder=str(encoder))
     (index,) = build({tmp_path / "out": [manifest]}, options, workers=1, overwrite=False)
     assert index.features is not None
     assert (index.features.width, index.features.rate) == (384, 50)
