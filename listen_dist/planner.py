@@ -152,7 +152,7 @@ def plan_memory(config: Config, sizes: Sizes, cluster: Cluster, layout: str, sha
         llm_held=item * sum(math.ceil(n / group) for n in llm.tensors),
         llm_gathered=item * gathered if group > 1 else 0,
         buffers=item * arriving * (2 if config.device == "cpu" else 1) if group > 1 else 0,  # gloo copies it once more
-        encoders=item * (sizes.speech_parameters + sizes.audio_parameters),
+        encoders=4 * (sizes.speech_parameters + sizes.audio_parameters),  # fp32 in any case
         trainables=20 * learned + (4 * sizes.projector if config.projector.freeze else 0),
         activations=kept,
         workspace=max(loss, layer, encoding(config, sizes, shape) - kept))

@@ -33,7 +33,8 @@ class ModelConfig:
     """A BEATs checkpoint (`.pt` from its authors) whose frames stand beside the speech encoder's, for sounds that
     are not speech. Stays frozen. Empty: none."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the frozen weights. Pool and projector are always float32."""
+    """Type of the LLM's weights. Encoders, pool and projector are float32; in training steps without stored frames
+    the encoders compute in this type."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention of the LLM. On a CPU with short rows `eager` can be faster."""
     checkpointing: bool = False

@@ -6,9 +6,12 @@ and another each time the clip comes round. Picklable, for loader workers.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -17,16 +20,22 @@ import soundfile
 import torch
 import torchaudio.functional
 
-from listen_dist.data.decode import decode_audio
+from listen_dist.data.decode import AUDIO_SUFFIXES, AudioError, decode_audio, is_audio_name
+from listen_dist.data.shard_members import ShardError
 from listen_dist.data.shards import INDEX_NAME, ShardIndex
 from listen_dist.dist import derived_seed
+from listen_dist.errors import ListenError
 from listen_dist.schema import AugmentConfig, ConfigError, DataConfig
 from listen_dist.structures import SAMPLE_RATE
 
-AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".oga", ".mp3")
+logger = logging.getLogger(__name__)
+
+PLAIN_RATES = (8_000, 11_025, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000)
 MAX_IMPULSE_SECONDS = 10.0
 MAX_NOISE_SECONDS = 600.0
 """Of a noise in a shard, which is decoded whole; of a file only a stretch is read."""
+MOST_DRAWS = 10
+"""Sounds that are drawn for a clip before the run ends, where one after the other can't be used."""
 MASKED_SHARE = 0.2
 """Most of a clip that one time mask covers."""
 
@@ -114,11 +123,11 @@ class SoundFiles(list[str]):
 
     def whole(self, random: np.random.Generator, max_seconds: float) -> np.ndarray:
         """One of them, float32 [S] at 16 kHz."""
-        return decode_audio(random.choice(self), max_seconds)
+        return _draw(lambda: decode_audio(random.choice(self), max_seconds))
 
     def stretch(self, length: int, random: np.random.Generator) -> np.ndarray:
         """A random stretch of one, float32 [length]."""
-        return read_stretch(random.choice(self), length, random)
+        return _draw(lambda: read_stretch(random.choice(self), length, random))
 
 
 class SoundShards:
@@ -133,6 +142,9 @@ class SoundShards:
 
     def whole(self, random: np.random.Generator, max_seconds: float) -> np.ndarray:
         """One of them, float32 [S] at 16 kHz."""
+        return _draw(lambda: self._read(random, max_seconds))
+
+    def _read(self, random: np.random.Generator, max_seconds: float) -> np.ndarray:
         number = int(random.integers(len(self)))
         shard = int(np.searchsorted(self._ends, number, side="right"))
         row = number - int(self._ends[shard] - self._index.counts[shard])
@@ -159,6 +171,26 @@ def open_sounds(key: str, address: str, source: DataConfig) -> Sounds:
     return SoundFiles(_audio_files(key, address))
 
 
+def _draw(read: Callable[[], np.ndarray]) -> np.ndarray:
+    """A sound, drawn again where one can't be used: it is named once, and the clip keeps its augmentation.
+
+    Raises:
+        ListenError: none of many can be used.
+    """
+    for _ in range(MOST_DRAWS):
+        try:
+            return read()
+        except (AudioError, ShardError) as error:
+            _name_unusable(str(error))
+            last = error
+    raise ListenError(f"{MOST_DRAWS} sounds in a row can't be used for augmentation, the last because: {last}")
+
+
+@lru_cache(maxsize=10_000)  # once for each, in each loader process
+def _name_unusable(reason: str) -> None:
+    logger.warning("not used for augmentation: %s", reason)
+
+
 def add_noise(wave: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
     """float32 [S] + [S], the noise scaled so that the ratio of the mean powers is `snr_db`; silence stays as it is."""
     power, noise_power = _power(wave), _power(noise)
@@ -178,13 +210,32 @@ def reverberate(wave: np.ndarray, impulse: np.ndarray) -> np.ndarray:
 
 def read_stretch(path: str, length: int, random: np.random.Generator) -> np.ndarray:
     """Read a random stretch of a file as float32 [length] at 16 kHz mono; a shorter file is repeated."""
-    with soundfile.SoundFile(path) as file:
-        frames = math.ceil(length * file.samplerate / SAMPLE_RATE)
-        file.seek(int(random.integers(0, max(file.frames - frames, 0) + 1)))
-        mono = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
-        if file.samplerate != SAMPLE_RATE:
-            mono = torchaudio.functional.resample(torch.from_numpy(mono), file.samplerate, SAMPLE_RATE).numpy()
-    return np.resize(mono, length)
+    wave = _seek_stretch(path, length, random)
+    if wave is None:
+        wave = decode_audio(path, MAX_NOISE_SECONDS)
+        start = int(random.integers(0, max(len(wave) - length, 0) + 1))
+        wave = wave[start : start + length]
+    return np.resize(wave, length)
+
+
+def _seek_stretch(path: str, length: int, random: np.random.Generator) -> np.ndarray | None:
+    """The stretch alone, float32 [≤ length], of one of the plain formats; None where that takes decoding the whole."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            # Elsewhere a length is guessed, a place not found, or the rate or the channels want care.
+            if file.format not in ("WAV", "WAVEX", "FLAC") or file.channels > 2 or file.samplerate not in PLAIN_RATES:
+                return None
+            frames = math.ceil(length * file.samplerate / SAMPLE_RATE)
+            file.seek(int(random.integers(0, max(file.frames - frames, 0) + 1)))
+            both = file.read(frames, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, ValueError):
+        return None
+    mono = both.mean(axis=1)
+    if not len(mono) or not np.isfinite(mono).all() or _power(mono) < 1e-3 * _power(both):
+        return None
+    if file.samplerate != SAMPLE_RATE:
+        mono = torchaudio.functional.resample(torch.from_numpy(mono), file.samplerate, SAMPLE_RATE).numpy()
+    return mono[:length]
 
 
 def _power(wave: np.ndarray) -> float:
@@ -203,15 +254,24 @@ def _audio_files(key: str, folder: str) -> list[str]:
     if not folder:
         return []
     files = sorted(str(Path(root, name)) for root, _, names in os.walk(folder) for name in names
-                   if name.lower().endswith(AUDIO_SUFFIXES))
+                   if is_audio_name(name))
     if not files:
-        raise ConfigError(f"{key} = {folder!r}: holds no audio file ({', '.join(AUDIO_SUFFIXES)}) and no {INDEX_NAME} "
-                          "of shards")
+        raise ConfigError(f"{key} = {folder!r}: holds no audio file ({', '.join(sorted(AUDIO_SUFFIXES))}) and no "
+                          f"{INDEX_NAME} of shards")
     for file in files:
         try:
             empty = soundfile.info(file).frames < 1
-        except soundfile.LibsndfileError as error:
-            raise ConfigError(f"{key}: {file}: not readable as audio ({error}); remove it") from None
-        if empty:
-            raise ConfigError(f"{key}: {file}: holds no samples; remove it")
+        except soundfile.SoundFileError:
+            _check_decodable(key, file)
+        else:
+            if empty:
+                raise ConfigError(f"{key}: {file}: holds no samples; remove it")
     return files
+
+
+def _check_decodable(key: str, file: str) -> None:
+    """A file whose header libsndfile can't read is decoded once."""
+    try:
+        decode_audio(file, MAX_NOISE_SECONDS)
+    except AudioError as error:
+        raise ConfigError(f"{key}: {error}; remove it") from None

@@ -7,6 +7,7 @@ and a claimed size is compared with what is there before memory is reserved.
 from __future__ import annotations
 
 import io
+import logging
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from listen_dist.data.decode import decode_audio
+from listen_dist.data.decode import read_audio
 from listen_dist.data.manifest import MAX_LINE_BYTES, record_from_json
 from listen_dist.errors import ListenError
 from listen_dist.structures import AudioSample, Record
@@ -24,6 +25,11 @@ FEATURE_KINDS = ("speech", "audio")
 """Stored frames of the speech encoder and of the audio encoder: <id>.speech.npy, <id>.audio.npy."""
 
 _SUFFIXES = (*AUDIO_SUFFIXES, "json", *(f"{kind}.npy" for kind in FEATURE_KINDS))
+
+logger = logging.getLogger(__name__)
+
+_named: set[str] = set()
+"""Kinds of remarks that this process has made."""
 
 Want = Literal["record", "audio", "features", "both"]
 
@@ -71,12 +77,25 @@ def decode_sample(packed: PackedSample, want: Want, max_seconds: float, widths: 
         audio = [members[suffix] for suffix in AUDIO_SUFFIXES if suffix in members]
         if len(audio) != 1:
             raise ShardError(f"{len(audio)} audio members; expected one")
-        waveform = decode_audio(audio[0], max_seconds)
+        sound = read_audio(audio[0], max_seconds)
+        waveform = sound.samples
+        for remark in sound.remarks:
+            # A FLAC was written whole: what is missing was damaged later.
+            if "flac" in members and remark.startswith(("shorter", "partly damaged")):
+                raise ShardError(f"damaged: {remark}")
+            _name_once(remark.partition(":")[0], packed.record.id)
     if want in ("features", "both"):
         if not widths or any(f"{kind}.npy" not in members for kind in widths):
             raise ShardError("no stored features; write the shards with --features")
         frames = {kind: _parse_features(members[f"{kind}.npy"], width) for kind, width in widths.items()}
     return AudioSample(packed.record, waveform, frames.get("speech"), frames.get("audio"))
+
+
+def _name_once(kind: str, name: str) -> None:
+    """Say once in each process what is odd with a sample of a foreign shard; shards of ours were counted when made."""
+    if kind not in _named:
+        _named.add(kind)
+        logger.warning("sample %r is used all the same, %s; further ones aren't named", name, kind)
 
 
 def _members(block: bytes, name: str) -> dict[str, bytes]:

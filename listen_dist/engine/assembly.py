@@ -22,7 +22,7 @@ from listen_dist.engine.sharding import Sharding, sharding_for
 from listen_dist.models.beats import load_audio_encoder
 from listen_dist.models.encoders import load_speech_encoder
 from listen_dist.models.listen import Listen
-from listen_dist.models.llm import DTYPES, CompiledLayers, embedding_stats, load_llm, load_tokenizer
+from listen_dist.models.llm import CompiledLayers, embedding_stats, load_llm, load_tokenizer
 from listen_dist.models.lora import add_lora
 from listen_dist.models.projector import build_projector
 from listen_dist.models.rivals import TaskPool, build_pool
@@ -132,10 +132,10 @@ def assemble(config: Config, device: torch.device) -> Parts:
     config = with_pool_tasks(config)
     tokenizer = load_tokenizer(config.model.llm)
     text = TextEncoder(tokenizer, config.model)
-    dtype = DTYPES[config.model.dtype]
-    encoder = load_speech_encoder(config.model.speech_encoder, dtype).to(device)
+    # In fp32 whatever the LLM's type, as the frames in shards: bf16 would round otherwise on each processor.
+    encoder = load_speech_encoder(config.model.speech_encoder, torch.float32).to(device)
     sounds = config.model.audio_encoder
-    audio_encoder = load_audio_encoder(sounds, dtype).to(device) if sounds else None
+    audio_encoder = load_audio_encoder(sounds, torch.float32).to(device) if sounds else None
     sharding = sharding_for(config)
     llm = sharding.load(lambda: load_llm(config.model), device)
     stats = embedding_stats(llm.get_input_embeddings(), llm.config.vocab_size)

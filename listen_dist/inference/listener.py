@@ -15,6 +15,7 @@ soundfile or PyAV read. A Listener may be used from several threads: one lock gu
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import queue
@@ -31,7 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from listen_dist import config as configuration
 from listen_dist.data.collate import Prepared, collate
-from listen_dist.data.decode import MIN_SECONDS, AudioError, decode_audio, join_utterances
+from listen_dist.data.decode import MIN_SECONDS, AudioError, as_stored, join_utterances, read_audio
 from listen_dist.data.features import Fbank
 from listen_dist.data.schedule import cut_by_budget
 from listen_dist.engine import checkpoint, exports
@@ -44,6 +45,8 @@ from listen_dist.models.encoders import looks_local
 from listen_dist.schema import Config
 from listen_dist.structures import ENCODER_RATE, SAMPLE_RATE, Record
 from listen_dist.tasks import get_task
+
+logger = logging.getLogger(__name__)
 
 Audio: TypeAlias = str | os.PathLike[str] | bytes | np.ndarray
 Clip: TypeAlias = Audio | tuple[Audio, Audio]
@@ -401,12 +404,17 @@ def _decode(clip: Clip, max_seconds: float) -> np.ndarray:
             raise AudioError(f"{_name(clip)}together longer than the limit of {max_seconds:g} s")
         return wave
     if not isinstance(clip, np.ndarray):
-        return decode_audio(clip, max_seconds)
+        sound = read_audio(clip, max_seconds)
+        for remark in sound.remarks:
+            logger.warning("%s%s", _name(clip), remark)
+        return sound.samples
     if clip.ndim != 1 or clip.dtype.kind != "f" or not np.isfinite(clip).all():
         raise AudioError(f"samples {clip.dtype} {list(clip.shape)}: must be finite floats [S], mono at 16 kHz")
     if not MIN_SECONDS <= len(clip) / SAMPLE_RATE <= max_seconds:
         raise AudioError(f"{len(clip) / SAMPLE_RATE:.3f} s long; must be {MIN_SECONDS} … {max_seconds:g} s")
-    return clip.astype(np.float32)
+    if np.abs(clip).max() > 2:
+        raise AudioError(f"samples up to {np.abs(clip).max():.4g}: full scale is 1, so divide them")
+    return as_stored(clip)
 
 
 def _name(clip: Clip) -> str:

@@ -15,5 +15,5 @@ def add_frozen_models(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Device and dtype, and where the frozen models lie."""
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 …")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights (default: as trained)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the LLM's weights (default: as trained)")
     add_frozen_models(parser)

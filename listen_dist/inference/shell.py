@@ -12,15 +12,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from listen_dist.data.decode import AudioError
+from listen_dist.data.decode import AUDIO_SUFFIXES, AudioError, is_audio_name
 from listen_dist.engine import checkpoint
 from listen_dist.engine.checkpoint import CheckpointError
 from listen_dist.errors import ListenError
 from listen_dist.inference.listener import Answer, Ask, Clip, Listener
-
-SUFFIXES = frozenset((".aac", ".aif", ".aiff", ".amr", ".flac", ".g722", ".m4a", ".mka", ".mp3", ".mp4", ".oga", ".ogg",
-                      ".opus", ".wav", ".webm", ".wma"))
-"""What is taken for audio in a folder. A file that is named itself may have any name."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,10 +70,20 @@ def inputs(files: list[str], in_pairs: bool) -> tuple[list[str], Iterator[Clip]]
 def _expand(file: str) -> list[str]:
     if file == "-" or not Path(file).is_dir():
         return [file]
-    inside = sorted(str(path) for path in Path(file).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = sorted(str(path) for path in Path(file).rglob("*") if path.is_file())
+    inside = [path for path in files if is_audio_name(Path(path).name)]
     if not inside:
-        raise ListenError(f"{file}: holds no audio file ({' '.join(sorted(SUFFIXES))})")
+        raise ListenError(f"{file}: holds no audio file ({' '.join(sorted(AUDIO_SUFFIXES))})")
+    if others := [path for path in files if path not in set(inside)]:
+        # Not on stdout, which may be read by a program.
+        print(f"{file}: {len(inside)} audio files; {len(others)} others are left out by their names, for instance "
+              f"{_one_line(others[0])}", file=sys.stderr)
     return inside
+
+
+def _one_line(name: str) -> str:
+    """A file's name as it may stand in a line: line ends, tabs and their like as Python writes them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _source(name: str) -> str | bytes:
@@ -98,7 +104,7 @@ class Form:
             return ""
         text = " ".join(result.text.split())
         explained = [self._parts_line(result, n) for n in range(len(result.parts) if self._explain else 0)]
-        return "\n".join([text if self._bare else f"{name}\t{text}", *explained])
+        return "\n".join([text if self._bare else f"{_one_line(name)}\t{text}", *explained])
 
     def _tree(self, result: Answer | AudioError) -> dict[str, object]:
         if isinstance(result, AudioError):
@@ -130,7 +136,7 @@ def write(names: list[str], results: Iterable[tuple[int, Answer | AudioError]], 
             waiting[number] = result
             if isinstance(result, AudioError):
                 failed += 1
-                tqdm.write(f"error: {'-: ' if names[number] == '-' else ''}{result}", file=sys.stderr)
+                tqdm.write(f"error: {'-: ' if names[number] == '-' else ''}{_one_line(str(result))}", file=sys.stderr)
             while following in waiting:
                 _print(form.lines(names[following], waiting.pop(following)))
                 following += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import tempfile
 import threading
@@ -13,8 +14,8 @@ from listen_dist.errors import ListenError
 
 MOST_CLIPS = 64
 """The oldest goes when more come, so that the folder stays of bounded size."""
-SUFFIXES = frozenset((".g722",))
-"""Suffixes that decoding needs, because the bytes alone do not tell the format."""
+_SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
+"""Kept: of formats without a header the name alone tells which it is, here as in the shell."""
 
 
 class TooLarge(ListenError):
@@ -55,7 +56,7 @@ class Uploads:
         """
         key = secrets.token_urlsafe(16)
         suffix = Path(name).suffix.lower()
-        upload = Upload(self.folder / f"{key}{suffix if suffix in SUFFIXES else ''}", name)
+        upload = Upload(self.folder / f"{key}{suffix if _SUFFIX.fullmatch(suffix) else ''}", name)
         size = 0
         try:
             with upload.path.open("wb") as file:

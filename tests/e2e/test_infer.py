@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     soundfile.write(folder / "long.wav", np.tile(tiny.sound(4, 9), 9), SAMPLE_RATE)
     (folder / "empty.wav").write_bytes(b"")
     (folder / "text.wav").write_text("this is no audio " * 50)
-    (folder / "cut.flac").write_bytes((folder / "good-2.flac").read_bytes()[:20_000])
+    (folder / "cut.flac").write_bytes((folder / "good-2.flac").read_bytes()[:100])
     return folder
 
 
@@ -139,7 +139,8 @@ def test_a_long_recording_is_cut_for_asr_alone(listener: Listener, folder: Path)
 
 @pytest.mark.parametrize("samples, said", [
     (np.zeros(8000, np.float32), "silent"), (np.ones(100, np.float32), "0.006 s"),
-    (np.full(8000, np.nan, np.float32), "finite"), (np.ones((2, 8000), np.float32), "mono"),
+    (np.full(8000, np.nan, np.float32), "finite"),
+    (np.ones(8000, np.float32) * 9000, "full scale is 1"), (np.ones((2, 8000), np.float32), "mono"),
 ])
 def test_unusable_samples_are_refused(listener: Listener, samples: np.ndarray, said: str) -> None:
     with pytest.raises(AudioError, match=said):
@@ -182,6 +183,22 @@ def test_a_folder_with_bad_files(shell, run: Path, folder: Path, listener: Liste
         (line,) = [line for line in errors if f"{folder / name}: " in line]
         assert reason in line
     assert len(errors) == 6
+
+
+def test_names_and_what_is_left_out(shell, run: Path, folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Line ends and tabs in names, a Mac's notes, formats that soundfile or FFmpeg alone know."""
+    good = folder / "good-1.flac"
+    for name in ("a\tb\nc.flac", "._good.flac", "notes.txt"):
+        (tmp_path / name).write_bytes(good.read_bytes())
+    wave, rate = soundfile.read(good)
+    soundfile.write(tmp_path / "d.sph", wave, rate, format="NIST")
+    soundfile.write(tmp_path / "e.caf", wave, rate)
+    soundfile.write(tmp_path / "f.wav", wave[::2], rate // 2, subtype="GSM610")
+    done = shell(tmp_path, "--checkpoint", run, "--task", "caption")
+    assert done.code == 0, done.err
+    names = [line.split("\t")[0] for line in done.out.splitlines()]
+    assert names == [f"{tmp_path}/{name}" for name in ("a\\tb\\nc.flac", "d.sph", "e.caf", "f.wav")]
+    assert f"{tmp_path}: 4 audio files; 2 others are left out by their names, for instance {tmp_path}/._" in done.err
 
 
 def test_json_lines_hold_everything(shell, run: Path, folder: Path) -> None:  # type: ignore[no-untyped-def]

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import numpy as np
 import soundfile
 
 from listen_dist import app, infer
@@ -228,6 +229,16 @@ def test_too_many_bytes_are_not_kept(web: httpx.Client) -> None:
     refused = web.post("/clips", params={"name": "big.wav"}, content=bytes(2**20 + 1))
     assert refused.status_code == 413 and refused.json()["error"] == "big.wav: larger than the limit of 1 MB"
     assert web.post("/clips", content=b"").json()["error"] == "recording: empty file (0 bytes)"
+
+
+def test_any_format_is_decoded_or_named(web: httpx.Client, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 8_000)
+    for container, subtype in (("WAV", "GSM610"), ("WAV", "G721_32"), ("AU", "G723_24"), ("WAV", "NMS_ADPCM_16"),
+                               ("WAV", "PCM_16")):
+        soundfile.write(tmp_path / "a", noise, 8_000, format=container, subtype=subtype)
+        send(web, tmp_path / "a", "a.g722" if subtype == "PCM_16" else "a")
+    refused = web.post("/clips", params={"name": "a.m3u8"}, content=b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n")
+    assert refused.status_code == 422 and "not an audio file" in refused.json()["error"]
 
 
 def test_who_leaves_makes_room(web: httpx.Client, folder: Path) -> None:

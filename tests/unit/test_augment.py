@@ -19,6 +19,7 @@ from listen_dist.data.mixture import SampleRef
 from listen_dist.data.shard_members import ShardError
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
+from listen_dist.errors import ListenError
 from listen_dist.models.llm import load_tokenizer
 from listen_dist.schema import AugmentConfig, ConfigError, DataConfig
 from tests import tiny
@@ -216,3 +217,24 @@ def test_folders_without_audio_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(b"no audio")
     with pytest.raises(ConfigError, match=r"data\.augment\.reverb: .*a\.wav: not readable as audio"):
         Augmenter(AugmentConfig(reverb=str(tmp_path)), 0, 30.0)
+
+
+def test_noises_of_any_format_and_bad_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000)
+    soundfile.write(tmp_path / "a.wav", noise[::2], 8_000, subtype="GSM610")
+    soundfile.write(tmp_path / "b.wav", np.stack([noise, -noise], 1), RATE)
+    soundfile.write(tmp_path / "c.mp3", noise, RATE)
+    soundfile.write(tmp_path / "d.wav", noise, 16_001)
+    (tmp_path / "._a.wav").write_bytes(b"no audio")
+    files = open_sounds("data.augment.noise", str(tmp_path), DataConfig())
+    assert len(files) == 4
+    for name in "ab":
+        stretch = read_stretch(str(tmp_path / f"{name}.wav"), 4_000, np.random.default_rng(0))
+        assert stretch.shape == (4_000,) and stretch.std() > 0.05, name
+    random = np.random.default_rng(1)
+    assert all(files.stretch(2_000, random).std() > 0.05 for _ in range(20))
+    assert "d.wav: odd sample rate 16001 Hz" in caplog.text
+    for path in tmp_path.glob("[a-c].*"):
+        path.unlink()
+    with pytest.raises(ListenError, match="10 sounds in a row can't be used for augmentation, the last because"):
+        files.stretch(2_000, random)

@@ -21,6 +21,7 @@ def test_the_oldest_goes() -> None:
     assert len(set(keys)) == MOST_CLIPS + 1 and uploads.get(keys[0]) is None
     newest = uploads.get(keys[-1])
     assert newest is not None and newest.name == f"../{MOST_CLIPS}.wav" and newest.path.parent == uploads.folder
+    assert newest.path.suffix == ".wav", "of formats without a header the name tells which"
     assert len(list(uploads.folder.iterdir())) == MOST_CLIPS
     uploads.close()
     assert not uploads.folder.exists()
