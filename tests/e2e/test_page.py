@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import numpy as np
+import pytest
 import soundfile
 
 from listen_dist import app, infer
