@@ -20,7 +20,7 @@ SHARD = $(BIN)/python tools/shard_dataset.py --separate --overwrite --features s
 TCMALLOC := $(CURDIR)/assets/allocator/libtcmalloc_minimal.so.4
 PRELOAD = LD_PRELOAD="$$(ls $(TCMALLOC) 2>/dev/null) $$LD_PRELOAD"
 DEEPSPEED = $(PRELOAD) $(BIN)/deepspeed --num_gpus $(RANKS)
-.PHONY: help setup models recordings allocator shards train evaluate quickstart demo try comparison report test test-tools faults fuzz ledger lint clean
+.PHONY: help setup models recordings allocator shards train evaluate quickstart demo try comparison report test test-tools faults fuzz ledger families lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -109,6 +109,9 @@ fuzz: setup  ## generated and damaged inputs for MINUTES=60, of SEED=0: what is 
 
 ledger: setup  ## 20 kills over changing ranks and workers: every sample counts exactly once (minutes)
 	LEDGER_KILLS=20 $(BIN)/python -m pytest -q -s tests/distributed/test_ledger.py
+
+families: setup  ## every family of LLMs that transformers has: right alone and on two ranks, or refused? (an hour)
+	$(BIN)/python -m tests.families
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from listen_dist.errors import ListenError
 from listen_dist.schema import Config, ConfigError, ProjectorConfig
 from listen_dist.structures import ENCODER_RATE
 
@@ -63,14 +64,29 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def decoder_layers(llm: PreTrainedModel) -> nn.ModuleList:
+    """The LLM's layers: the outermost list as long as its config says (experts may be more, an image encoder as many).
+
+    Raises:
+        ListenError: there is none.
+    """
+    text = llm.config.get_text_config(decoder=True)
+    count = getattr(text, "decoder_layers", None) or text.num_hidden_layers
+    for part in (llm.get_decoder(), llm):
+        for module in part.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return module
+    raise ListenError(f"model.llm: {type(llm).__name__} has no list of {count} layers, as its config.json says; an LLM "
+                      f"of the family {text.model_type!r} can't be laid out layer by layer")
+
+
 def llm_size(path: str) -> LLMSize:
     """Count an LLM's parameters on the meta device: its weights are not read."""
     config = _read_config(path, "model.llm")
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(config)
     width, heads = config.hidden_size, config.num_attention_heads
-    layers = next(module for module in llm.modules()
-                  if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers)
+    layers = decoder_layers(llm)
     return LLMSize(
         tensors=tuple(p.numel() for p in llm.parameters()), layer=count(layers[0]), layers=len(layers), width=width,
         heads=heads, attention_width=heads * (getattr(config, "head_dim", None) or width // heads),

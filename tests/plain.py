@@ -55,9 +55,9 @@ def audio_tokens(weights: Mapping[str, Tensor], frames: Tensor, window: int) -> 
 
 
 def embed_context(llm: PreTrainedModel, weights: Mapping[str, Tensor], clip: Clip, frame: TextFrame,
-                  window: int) -> Tensor:
+                  window: int, table: Tensor | None = None) -> Tensor:
     """[T, D]: text before, audio, text after."""
-    table = llm.get_input_embeddings().weight
+    table = llm.get_input_embeddings().weight if table is None else table
     before, after = table[list(frame.before)], table[clip.after]
     return torch.cat([before, audio_tokens(weights, clip.frames, window), after])
 
@@ -74,11 +74,11 @@ def choose(weights: Mapping[str, Tensor], context: Tensor, k: int) -> tuple[Tens
 
 
 def run_clip(llm: PreTrainedModel, weights: Mapping[str, Tensor], clip: Clip, frame: TextFrame, window: int,
-             k: int) -> Outcome:
-    """One clip through the whole model."""
-    context = embed_context(llm, weights, clip, frame, window)
+             k: int, table: Tensor | None = None) -> Outcome:
+    """One clip through the whole model; `table` is what the LLM's embedding gives, where that isn't its weight."""
+    context = embed_context(llm, weights, clip, frame, window, table)
     scores, chosen = choose(weights, context, k)
-    table = llm.get_input_embeddings().weight
+    table = llm.get_input_embeddings().weight if table is None else table
     sequence = torch.cat([weights["pool.values"][chosen], table[list(frame.bos)], context, table[clip.target]])
     logits = llm(inputs_embeds=sequence[None].to(table.dtype)).logits[0]
     predicting = logits[-len(clip.target) - 1 : -1].float()

@@ -17,6 +17,7 @@ class LogMel:
     """Waveforms to Whisper's log-mel spectrograms on their true length; picklable, for loader workers."""
 
     def __init__(self, extractor: WhisperFeatureExtractor) -> None:
+        self.mels: int = extractor.feature_size
         self._fft, self._hop = extractor.n_fft, extractor.hop_length
         self._window = torch.hann_window(extractor.n_fft)
         self._filters = torch.from_numpy(extractor.mel_filters).float().T  # [mels, bins]

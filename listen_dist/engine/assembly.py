@@ -19,6 +19,7 @@ from listen_dist.data.shards import FEATURES_VERSION, ShardIndex
 from listen_dist.data.text import TextEncoder
 from listen_dist.data.text_cost import learn_text_tokens
 from listen_dist.engine.sharding import Sharding, sharding_for
+from listen_dist.models import families
 from listen_dist.models.beats import load_audio_encoder
 from listen_dist.models.encoders import load_speech_encoder
 from listen_dist.models.listen import Listen
@@ -134,19 +135,32 @@ def assemble(config: Config, device: torch.device) -> Parts:
     text = TextEncoder(tokenizer, config.model)
     # In fp32 whatever the LLM's type, as the frames in shards: bf16 would round otherwise on each processor.
     encoder = load_speech_encoder(config.model.speech_encoder, torch.float32).to(device)
+    log_mel = LogMel.from_pretrained(config.model.speech_encoder)
+    if log_mel.mels != encoder.mels:
+        raise ConfigError(f"model.speech_encoder = {config.model.speech_encoder!r}: its config.json says "
+                          f"{encoder.mels} mel bins (num_mel_bins), its preprocessor_config.json {log_mel.mels} "
+                          "(feature_size); they belong to different models: take both files from the same one")
     sounds = config.model.audio_encoder
     audio_encoder = load_audio_encoder(sounds, torch.float32).to(device) if sounds else None
     sharding = sharding_for(config)
     llm = sharding.load(lambda: load_llm(config.model), device)
-    stats = embedding_stats(llm.get_input_embeddings(), llm.config.vocab_size)
+    embedding = families.embedding_of(llm)
+    frame = text.frame
+    families.check_tokens(llm, config.model.llm, [*frame.bos, *frame.before], frame.eos)
+    if frame.pad >= embedding.num_embeddings:  # it only fills up answers behind their EOS
+        frame = replace(frame, pad=frame.eos)
+    families.probe(llm, config.model.llm, device)
+    if config.eval.beams > 1:
+        families.check_beams(llm)
+    stats = embedding_stats(embedding)
     torch.manual_seed(dist.derived_seed("model", config.model.seed))
     pool = build_pool(config.pool, stats.mean)
     audio_width = audio_encoder.width if audio_encoder else 0
-    projector = build_projector(config.projector, encoder.width + audio_width, llm.config.hidden_size, stats.std,
+    projector = build_projector(config.projector, encoder.width + audio_width, embedding.embedding_dim, stats.std,
                                 audio_width)
     projector.requires_grad_(not config.projector.freeze)
     # After the layout, so that no rank shards the adapters.
     lora = add_lora(llm, config.lora, device) if config.lora.rank else None
     compiled = CompiledLayers(llm) if config.model.compile else None
-    model = Listen(llm, encoder, projector.to(device), pool.to(device), text.frame, lora, audio_encoder, compiled)
-    return Parts(config, model, sharding, text, LogMel.from_pretrained(config.model.speech_encoder))
+    model = Listen(llm, encoder, projector.to(device), pool.to(device), frame, lora, audio_encoder, compiled)
+    return Parts(config, model, sharding, text, log_mel)

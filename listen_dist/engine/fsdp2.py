@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from listen_dist import dist
+from listen_dist.models.families import embedding_of
 from listen_dist.models.llm import pieces
 
 
@@ -41,10 +42,11 @@ class Fsdp2:
         llm = build()
         mesh = (init_device_mesh(device.type, (dist.world_size(),)) if self._group is None
                 else DeviceMesh.from_group(self._group, device.type))
-        embedding, head = llm.get_input_embeddings(), llm.get_output_embeddings()
+        embedding, head = embedding_of(llm), llm.get_output_embeddings()
         tied = head.weight is embedding.weight
         if tied:
-            head.weight = None
+            del head.weight
+            head.weight = torch.empty(0, dtype=self._dtype)  # some (Mamba) ask for its type
         for piece in pieces(llm, self._dtype, device):
             fully_shard(piece, mesh=mesh, reshard_after_forward=True)
         if tied:
@@ -52,7 +54,7 @@ class Fsdp2:
         self._llm = llm
         # The first call decides which unit is the root, and training calls the embedding before the LLM.
         with torch.no_grad():
-            llm(inputs_embeds=torch.zeros(1, 1, llm.config.hidden_size, dtype=self._dtype, device=device))
+            llm(inputs_embeds=torch.zeros(1, 1, embedding.embedding_dim, dtype=self._dtype, device=device))
         return llm
 
     def _units(self) -> list[FSDPModule]:

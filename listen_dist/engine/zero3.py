@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
+from listen_dist.models.families import expert_blocks
 from listen_dist.models.llm import pieces
 
 
@@ -101,6 +102,8 @@ class Zero3:
         for module in llm.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
                 module.forward = partial(_frozen_linear, module)  # type: ignore[method-assign]
+        for block in expert_blocks(llm):  # gathered as one, since each rank sends its tokens to other experts
+            deepspeed.utils.set_z3_leaf_module(block, True)
         self._engine = deepspeed.initialize(model=llm, config=self._config)[0]
         return self._engine.module
 

@@ -35,6 +35,7 @@ from listen_dist.engine import checkpoint
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.errors import ListenError
 from listen_dist.evaluation import figures, prompts
+from listen_dist.models.families import embedding_of
 from listen_dist.models.prompt_pool import Pool
 from listen_dist.schema import Config
 from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch
@@ -267,8 +268,9 @@ def key_map(keys: np.ndarray, queries: Mapping[tuple[str, str], np.ndarray]) -> 
 @torch.no_grad()
 def vocabulary_embeddings(parts: Parts) -> np.ndarray:
     """The LLM's embeddings [V, D]; every rank must call it."""
-    tokens = torch.arange(parts.model.llm.config.vocab_size, device=parts.model.device)
-    return np.asarray(parts.model.llm.get_input_embeddings()(tokens).float().cpu().numpy())
+    embedding = embedding_of(parts.model.llm)
+    tokens = torch.arange(embedding.num_embeddings, device=parts.model.device)
+    return np.asarray(embedding(tokens).float().cpu().numpy())
 
 
 def vocabulary(parts: Parts, values: np.ndarray, embeddings: np.ndarray) -> list[list[dict[str, Any]]]:

@@ -28,6 +28,7 @@ class SpeechEncoder(nn.Module):
         super().__init__()
         self.encoder: WhisperEncoder = encoder.eval().requires_grad_(False)
         self.width: int = config.d_model
+        self.mels: int = config.num_mel_bins
         self.max_frames: int = config.max_source_positions
         # transformers 4 wants a head mask as a positional argument, 5 does not know the word.
         takes_head_mask = "layer_head_mask" in inspect.signature(WhisperEncoderLayer.forward).parameters

@@ -17,10 +17,13 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from listen_dist.errors import ListenError
 from listen_dist.kernels.topk_match.op import TopkMatch
 from listen_dist.kernels.topk_match.reference import masked_mean
+from listen_dist.models import families
 from listen_dist.models.beats import BeatsEncoder
 from listen_dist.models.encoders import SpeechEncoder, join_frames
+from listen_dist.models.families import embedding_of, run
 from listen_dist.models.llm import CompiledLayers, recompute_activations
 from listen_dist.models.losses import IGNORED, token_loss
 from listen_dist.models.projector import Projector
@@ -51,6 +54,8 @@ class Listen(nn.Module):
             self.trainable["lora"] = lora
         self.frame = frame
         self._compiled = compiled
+        self._rows = embedding_of(llm).num_embeddings
+        self._caches = families.has_plain_cache(llm)
 
     @property
     def projector(self) -> Projector:
@@ -88,8 +93,7 @@ class Listen(nn.Module):
             labels[i, longest - len(ids):] = torch.tensor(ids)
         labels = labels.to(embeds.device)
         # One position more than targets: the token before a target predicts it.
-        logits = self.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=_positions(mask),
-                          use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
+        logits = run(self.llm, mask, longest + 1, inputs_embeds=embeds, use_cache=False).logits[:, :-1]
         row_loss = token_loss(logits, labels)
         return ModelOutput(
             row_loss=row_loss, match_loss_sum=-matched.row_mass.sum(),
@@ -171,7 +175,11 @@ class Listen(nn.Module):
         Without gradients: the embedding is frozen, and under ZeRO-3 a graph would keep
         the gathered weight alive until the backward pass.
         """
-        flat = torch.tensor([token for text in texts for token in text], dtype=torch.long, device=self.device)
+        tokens = [token for text in texts for token in text]
+        if max(tokens, default=0) >= self._rows:
+            raise ListenError(f"model.llm: token {max(tokens)} of a text is beyond its embedding of {self._rows} rows "
+                              "(config.json); its tokenizer.json must not have tokens that the LLM doesn't know")
+        flat = torch.tensor(tokens, dtype=torch.long, device=self.device)
         with torch.no_grad():
             vectors = self.llm.get_input_embeddings()(flat[None])[0]
         return list(vectors.split([len(text) for text in texts]))
@@ -195,6 +203,8 @@ class Listen(nn.Module):
         """
         matched, rows = self.assemble(batch, k)
         embeds, mask = _pad_left(rows)
+        if options.get("num_beams", 1) != 1:
+            families.check_beams(self.llm)
         out = self.llm.generate(  # type: ignore[operator]
             inputs_embeds=embeds, attention_mask=mask, do_sample=False, eos_token_id=self.frame.eos,
             pad_token_id=self.frame.pad, max_new_tokens=max(limits) + 1,
@@ -207,9 +217,6 @@ class Listen(nn.Module):
     def score(self, batch: Batch, k: int) -> tuple[list[torch.Tensor], TopkMatch]:
         """How likely the LLM finds each choice of each row.
 
-        The input is read once; all choices of all rows then follow on a copy of its keys and values, padded
-        on the right, where no earlier token sees them.
-
         Args:
             batch: targets empty, every row with `choice_ids`.
             k: prompts a row.
@@ -218,22 +225,33 @@ class Listen(nn.Module):
             for each row log p(choice and EOS | input), float32 [choices], and the match.
         """
         matched, rows = self.assemble(batch, k)
-        embeds, mask = _pad_left(rows)
-        read = self.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=_positions(mask), use_cache=True,
-                        logits_to_keep=1)
-        ids = [choice for row in batch.choice_ids for choice in row]  # C of them
         counts = [len(row) for row in batch.choice_ids]
-        owner = torch.arange(len(rows), device=mask.device).repeat_interleave(torch.tensor(counts, device=mask.device))
-        read.past_key_values.batch_select_indices(owner)
+        owner = [i for i, count in enumerate(counts) for _ in range(count)]
+        ids = [choice for row in batch.choice_ids for choice in row]  # C of them
         labels = pad_sequence([torch.tensor(choice) for choice in ids], batch_first=True, padding_value=IGNORED)
-        labels = labels.to(mask.device)  # [C, P]
-        said = labels[:, :-1].clamp(min=0)
-        positions = mask.sum(1)[owner, None] + torch.arange(said.shape[1], device=mask.device)
-        mask = torch.cat([mask[owner], torch.ones_like(said)], dim=1)
-        following = self.llm(input_ids=said, attention_mask=mask, position_ids=positions,
-                             past_key_values=read.past_key_values, use_cache=True).logits
-        logits = torch.cat([read.logits[owner], following], dim=1)
-        return list((-token_loss(logits, labels)).split(counts)), matched
+        logits = (self._after_cache if self._caches else self._after_copies)(rows, owner, labels.clamp(min=0))
+        return list((-token_loss(logits, labels.to(logits.device))).split(counts)), matched
+
+    def _after_cache(self, rows: list[torch.Tensor], owner: list[int], choices: torch.Tensor) -> torch.Tensor:
+        """Logits [C, P, V] of choices [C, P], each behind its row: rows are read once, choices follow on their cache.
+
+        Choices are padded on the right, where no earlier token sees them.
+        """
+        embeds, mask = _pad_left(rows)
+        read = run(self.llm, mask, 1, inputs_embeds=embeds, use_cache=True)
+        taken = torch.tensor(owner, device=mask.device)
+        read.past_key_values.batch_select_indices(taken)
+        said = choices[:, :-1].to(mask.device)
+        mask = torch.cat([mask[taken], torch.ones_like(said)], dim=1)
+        following = run(self.llm, mask, said.shape[1], input_ids=said, past_key_values=read.past_key_values,
+                        use_cache=True)
+        return torch.cat([read.logits[taken], following.logits], dim=1)
+
+    def _after_copies(self, rows: list[torch.Tensor], owner: list[int], choices: torch.Tensor) -> torch.Tensor:
+        """The same for an LLM without a cache that can be copied and gone on from: a row is read for each choice."""
+        said = self._embed(choices[:, :-1].tolist())
+        embeds, mask = _pad_left([torch.cat([rows[i], tokens]) for i, tokens in zip(owner, said, strict=True)])
+        return run(self.llm, mask, choices.shape[1], inputs_embeds=embeds, use_cache=False).logits  # type: ignore[no-any-return]
 
 
 class _RowEnds(LogitsProcessor):
@@ -275,11 +293,6 @@ def _pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     sizes = torch.tensor([len(row) for row in rows], device=embeds.device)
     places = torch.arange(embeds.shape[1], device=embeds.device)
     return embeds, (places >= embeds.shape[1] - sizes[:, None]).long()
-
-
-def _positions(mask: torch.Tensor) -> torch.Tensor:
-    """Position ids [B, L] counted from each row's first real token."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _until(ids: list[int], end: int) -> list[int]:

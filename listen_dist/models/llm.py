@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from listen_dist import logs
 from listen_dist.errors import ListenError
+from listen_dist.model_sizes import decoder_layers
+from listen_dist.models import families
 from listen_dist.models.encoders import check_model_folder
 from listen_dist.schema import ConfigError, ModelConfig
 
@@ -51,16 +53,34 @@ def load_llm(config: ModelConfig) -> PreTrainedModel:
 
     Its weights are views of the mapped files, in the files' own dtype: nothing is read yet, and ranks
     of one node share what will be. `pieces` turns them into weights to compute with.
+
+    Raises:
+        ListenError: an LLM that can't be used, with the reason.
     """
     check_model_folder(config.llm, "model.llm")
-    llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype="auto", attn_implementation=config.attention)
+    kind = AutoConfig.from_pretrained(config.llm)
+    found = families.model_class(kind, config.llm)
+    attention = families.attention_of(kind, found, config)
+    try:
+        both: Any = AutoModelForCausalLM.from_pretrained(
+            config.llm, config=families.without_dropout(kind), dtype="auto", attn_implementation=attention,
+            output_loading_info=True)
+        llm, info = both
+        head = llm.get_output_embeddings()
+    except (ValueError, ImportError, NotImplementedError) as error:
+        raise families.refusal(config.llm, kind, (str(error).strip() or repr(error)).splitlines()[0]) from error
+    if info["missing_keys"]:
+        raise ListenError(f"model.llm = {config.llm!r}: its files lack {len(info['missing_keys'])} weights of "
+                          f"{found.__name__} ({min(info['missing_keys'])} …), which would be random")
+    if head is None:
+        raise families.refusal(config.llm, kind, "it has no output layer of its own")
+    families.scale_inside_embedding(llm)
     # Hugging Face hands the head a slice of the sequence. Torch multiplies a strided [B, P, D] row by
     # row and copies the whole [V, D] weight for each, which doubles a step's time on a CPU.
-    llm.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    head.register_forward_pre_hook(_contiguous)
     if config.checkpointing:
-        # Reentrant: the other kind compares tensors' shapes, and ZeRO-3 has let go of the weights by then.
-        llm.gradient_checkpointing_enable({"use_reentrant": True, "preserve_rng_state": False})
-    return llm.requires_grad_(False).eval()
+        families.enable_recomputing(llm, config.llm)
+    return llm.requires_grad_(False).eval()  # type: ignore[no-any-return]
 
 
 def recompute_activations(llm: nn.Module, active: bool) -> None:
@@ -81,7 +101,7 @@ class CompiledLayers:
     forward pass that needs it. Decoding goes without: its cache grows with each token.
     """
 
-    def __init__(self, llm: nn.Module) -> None:
+    def __init__(self, llm: PreTrainedModel) -> None:
         self._layers = decoder_layers(llm)
         self._compiled: list[Callable[..., Any]] = []
 
@@ -105,10 +125,6 @@ class CompiledLayers:
 def has_compiler(device: torch.device) -> bool:
     """Whether `torch.compile` has what it needs: on a CPU a C++ compiler."""
     return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
-
-
-def decoder_layers(llm: nn.Module) -> nn.ModuleList:
-    return max((m for m in llm.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
 def pieces(llm: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Iterator[nn.Module]:
@@ -138,12 +154,12 @@ def _contiguous(_module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.
 
 
 @torch.no_grad()
-def embedding_stats(embedding: nn.Module, vocabulary: int) -> EmbeddingStats:
+def embedding_stats(embedding: nn.Embedding) -> EmbeddingStats:
     """Mean and deviation over the whole vocabulary, through the module's own forward.
 
     The forward is what works under every sharding; the weight itself may be an empty shard.
     """
     device = next(embedding.parameters()).device
-    vectors = embedding(torch.arange(vocabulary, device=device)).float()  # [V, D]
+    vectors = embedding(torch.arange(embedding.num_embeddings, device=device)).float()  # [V, D]
     mean = vectors.mean(0)
     return EmbeddingStats(mean.cpu(), float((vectors - mean).square().mean().sqrt()))

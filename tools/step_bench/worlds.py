@@ -26,6 +26,7 @@ from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.engine.sharding import sharding_for
 from listen_dist.model_sizes import Sizes, count, llm_size
 from listen_dist.models.encoders import SpeechEncoder
+from listen_dist.models.families import embedding_of
 from listen_dist.models.listen import Listen
 from listen_dist.models.llm import DTYPES, embedding_stats
 from listen_dist.models.projector import build_projector
@@ -68,7 +69,7 @@ def _random_parts(config: Config, shape: Shape, device: torch.device) -> Parts:
                             encoder_attention_heads=shape.encoder_heads, encoder_ffn_dim=4 * shape.encoder_width)
     whisper._attn_implementation = "sdpa"
     encoder = SpeechEncoder(WhisperEncoder(whisper), whisper).to(device, dtype)
-    stats = embedding_stats(llm.get_input_embeddings(), llm.config.vocab_size)
+    stats = embedding_stats(embedding_of(llm))
     pool = build_pool(config.pool, stats.mean)
     projector = build_projector(config.projector, encoder.width, shape.width, stats.std)
     model = Listen(llm, encoder, projector.to(device), pool.to(device), text.frame)
