@@ -14,13 +14,15 @@ export TOKENIZERS_PARALLELISM := false
 
 SETS := asr asr_synthetic language_id speaker_verification speech_qa caption
 DEMO_SETS := asr_synthetic_full asr_joined language_id_full speaker_verification_full asr_other
+BASE_SETS := asr game_speech asr_other no_speech speech_qa language_id speaker_verification caption asr_synthetic
+EARS := whisper-tiny.en
 SHARD = $(BIN)/python tools/shard_dataset.py --separate --overwrite --features speech \
-  --speech-encoder assets/models/whisper-tiny.en --workers $(RANKS)
+  --speech-encoder assets/models/$(EARS) --workers $(RANKS)
 # On a CPU glibc's malloc makes training slower all the time (docs/learning.md); without this library it has to do.
 TCMALLOC := $(CURDIR)/assets/allocator/libtcmalloc_minimal.so.4
 PRELOAD = LD_PRELOAD="$$(ls $(TCMALLOC) 2>/dev/null) $$LD_PRELOAD"
 DEEPSPEED = $(PRELOAD) $(BIN)/deepspeed --num_gpus $(RANKS)
-.PHONY: help setup models recordings allocator shards train evaluate quickstart demo try comparison report test test-tools faults fuzz ledger families lint clean
+.PHONY: help setup models recordings allocator shards shards-base train evaluate quickstart demo try comparison report test test-tools faults fuzz ledger families lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +48,14 @@ allocator: setup  ## a malloc that stays fast
 
 shards: models recordings allocator  ## manifests to tar shards with stored encoder features
 	$(SHARD) $(SETS:%=assets/manifests/%.*.jsonl) assets/shards
+
+shards-base: EARS := whisper-base
+shards-base: setup recordings allocator  ## the same and more real speech, with the frames of Whisper base (multilingual)
+	$(BIN)/python tools/get_demo_models.py --models whisper-base
+	$(BIN)/python tools/prepare/other_speech.py
+	$(BIN)/python tools/prepare/game_speech.py
+	$(BIN)/python tools/prepare/no_speech.py
+	$(SHARD) $(BASE_SETS:%=assets/manifests/%.*.jsonl) assets/shards-base
 
 train: shards  ## train configs/quickstart.yaml (goes on where it stopped)
 	$(DEEPSPEED) listen_dist/train.py --config configs/quickstart.yaml
@@ -119,4 +129,4 @@ lint: setup
 	$(BIN)/lint-imports --config setup.cfg
 
 clean:  ## remove runs and shards; keep models, recordings and the environment
-	rm -rf runs assets/shards
+	rm -rf runs assets/shards assets/shards-base

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import random
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,7 +17,13 @@ import torch.distributed as dist
 
 from listen_dist.errors import ListenError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+SAY_MISSING = 20.0
+"""Seconds between two lines about ranks that have not come yet."""
+_OUR_FAULT = ("op.preamble.length", "ncclInvalidUsage", "ncclInvalidArgument", "invalid usage", "invalid argument")
+"""What collectives say where the ranks called them with different things; nobody is gone then."""
 
 
 def setup(device: str, timeout_minutes: float) -> torch.device:
@@ -44,8 +52,53 @@ def setup(device: str, timeout_minutes: float) -> torch.device:
         target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(target)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        backend, limit = "nccl" if use_cuda else "gloo", timedelta(minutes=timeout_minutes)
+        if os.environ["WORLD_SIZE"] == "1" or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun names who is missing
+            dist.init_process_group(backend, timeout=limit)
+        else:
+            store = _meet(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), limit)
+            dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]),
+                                    world_size=int(os.environ["WORLD_SIZE"]), timeout=limit)
     return target
+
+
+def _meet(own: int, world: int, limit: timedelta) -> dist.TCPStore:
+    """The store that the ranks meet over, once all have come; rank 0 says meanwhile who is missing.
+
+    Raises:
+        ListenError: the port is taken.
+        DistNetworkError: not all came in time.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline = time.monotonic() + limit.total_seconds()
+    while True:
+        try:
+            store = dist.TCPStore(host, port, world, own == 0, timedelta(seconds=SAY_MISSING), wait_for_workers=False)
+            break
+        except dist.DistError as error:
+            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+                raise ListenError(f"MASTER_PORT = {port}: taken on {host}, by another run perhaps; give another one: "
+                                  "deepspeed --master_port N, or MASTER_PORT=N") from None
+            if time.monotonic() > deadline:
+                raise
+            logger.warning("rank 0 doesn't answer yet at %s:%d", host, port)
+    store.set_timeout(limit)
+    store.set(f"here/{own}", socket.gethostname())
+    if own:
+        store.wait(["all here"])
+        return store
+    missing, said = list(range(1, world)), time.monotonic()
+    while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
+        now = time.monotonic()
+        if now > deadline:
+            raise dist.DistNetworkError(f"of {world} ranks {missing[:8]} didn't come within {limit}")
+        if now - said > SAY_MISSING:
+            said = now
+            logger.warning("waiting for %d of %d ranks, which have not come yet: %s%s", len(missing), world,
+                           ", ".join(map(str, missing[:8])), " …" if len(missing) > 8 else "")
+        time.sleep(0.05)
+    store.set("all here", "1")
+    return store
 
 
 def shutdown(failed: bool = False) -> None:
@@ -131,6 +184,8 @@ def on_main(action: Callable[..., T], *words: Any) -> T:
 
 def lost_contact(error: Exception) -> bool:
     """Whether an exception is a collective's: it timed out, or another rank is gone."""
+    if any(word in str(error) for word in _OUR_FAULT):
+        return False
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "TCPStore"))
 
 

@@ -35,7 +35,9 @@ if __name__ == "__main__":
     build_parser().parse_intermixed_args()
 
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,10 +50,11 @@ from listen_dist.data.loader import LoaderError
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
-from listen_dist.errors import ListenError
+from listen_dist.engine.run_lock import RunLock
+from listen_dist.errors import ListenError, print_in_any_locale
 from listen_dist.evaluation import predictions as files
 from listen_dist.evaluation import report
-from listen_dist.evaluation.decoding import Decoder
+from listen_dist.evaluation.decoding import Decoder, check_ids
 from listen_dist.evaluation.placement import placed
 from listen_dist.evaluation.predictions import PartialFile, Prediction
 from listen_dist.evaluation.report import Evaluated, ReportError
@@ -137,8 +140,31 @@ def write_report(run: Evaluated, parts: Parts) -> None:
     try:
         page = report.make(run, parts)
         logger.info("the pool, opened: %s", page)
-    except (ReportError, ShardError, AudioError) as error:
+    except (ReportError, ShardError, AudioError, OSError) as error:
         logger.warning("no report: %s", error)
+
+
+@contextmanager
+def folder_of_our_own(folder: Path) -> Iterator[None]:
+    """Hold the folder of results for this evaluation, tried before anything is loaded; rank 0 does."""
+    held: list[RunLock] = []
+
+    def claim() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(1 << 16))  # a full disk takes an empty file
+                file.flush()
+            held.append(RunLock(folder, ".evaluation.lock", "--out"))
+        except OSError as error:
+            raise ConfigError(f"--out = {str(folder)!r}: cannot be written: {error}; choose another folder") from error
+
+    dist.on_main(claim)
+    try:
+        yield
+    finally:
+        for lock in held:
+            lock.release()
 
 
 def evaluate(arguments: argparse.Namespace, config: Config) -> int:
@@ -150,20 +176,24 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
     splits = {split: sets_of(config, split) for split in config.eval.splits}
     saved = check_same_model(path, config)
     exports.check_frozen(path, config)
-    parts = assemble(config, device)
-    checkpoint.load_trainables(path, parts.model.trainable)
-    parts.model.eval()
+    for split in splits:
+        dist.on_main(check_ids, split, config)
     places = Places(path, Path(arguments.out or config.run_dir))
-    with placed(parts) as whole:
-        decoder = Decoder(parts, config.eval, config.pool.k, whole)
-        for split, sets in splits.items():
-            evaluate_split(decoder, split, sets, places, saved, step)
+    with folder_of_our_own(places.out):
+        parts = assemble(config, device)
+        checkpoint.load_trainables(path, parts.model.trainable)
+        parts.model.eval()
+        with placed(parts) as whole:
+            decoder = Decoder(parts, config.eval, config.pool.k, whole)
+            for split, sets in splits.items():
+                evaluate_split(decoder, split, sets, places, saved, step)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; a known mistake ends it with one line instead of a traceback."""
     code = 1
+    print_in_any_locale()
     try:
         code = evaluate(*parse_arguments(argv))
     except (ListenError, OSError) as error:

@@ -20,7 +20,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from listen_dist.errors import ListenError
+from listen_dist.errors import ListenError, print_in_any_locale
 from listen_dist.inference.options import add_model
 from listen_dist.tasks import TASKS, get_task
 
@@ -77,6 +77,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; the exit code."""
+    print_in_any_locale()
     arguments = parse_arguments(argv)
     try:
         # torch and transformers take seconds, which neither --help nor a wrong option needs.

@@ -37,7 +37,8 @@ class Record:
     """One line of a manifest: what is spoken where, and what the model should answer.
 
     `audio` holds one path, or two for `speaker_verification`. Either `target` is
-    non-empty, or `references` is (several right answers; training takes the first).
+    non-empty, or `references` is (several right answers; training takes the first), or
+    `meta["no_speech"]` is true (`asr` of a clip in which nothing is said).
     """
 
     id: str
@@ -103,6 +104,8 @@ class Batch:
     skipped: list[SkippedSample] = field(default_factory=list)
     fbank: torch.Tensor | None = None
     fbank_lengths: torch.Tensor | None = None  # [B] int64, true filterbank frames
+    retries: dict[str, int] = field(default_factory=dict)
+    """How often the loader process tried a network source again since its last batch, by host."""
 
     @property
     def target_tokens(self) -> int:
@@ -117,9 +120,9 @@ class Batch:
         return self._each(torch.Tensor.pin_memory, list)
 
     def select(self, rows: Sequence[int]) -> Batch:
-        """Some of the rows, without what was skipped."""
+        """Some of the rows, without what was skipped and tried again."""
         return replace(self._each(lambda tensor: tensor[rows], lambda column: [column[row] for row in rows]),
-                       skipped=[])
+                       skipped=[], retries={})
 
     def _each(self, of_tensor: Callable[[torch.Tensor], torch.Tensor], of_list: Callable[[list[Any]], list[Any]],
               ) -> Batch:

@@ -51,6 +51,7 @@ from listen_dist import dist, logs, tracking
 from listen_dist.data.loader import LoaderError, find_filler, training_steps
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.shards import ShardError
+from listen_dist.data.sources import hosts_of
 from listen_dist.engine import checkpoint, exports, fingerprints
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
 from listen_dist.engine.checkpoint import TrainState
@@ -66,6 +67,7 @@ from listen_dist.engine.step import NonFiniteError, StepResult, train_step
 from listen_dist.engine.warm_start import fit_last_layer
 from listen_dist.engine.watchdog import Watchdog
 from listen_dist.errors import ListenError
+from listen_dist.evaluation.decoding import check_ids
 from listen_dist.evaluation.dev import DevHistory, evaluate_dev
 from listen_dist.model_sizes import Sizes, count, llm_size
 from listen_dist.planner import Cluster, plan_memory
@@ -166,7 +168,7 @@ def set_up(config: Config, device: torch.device, stop: StopRequest, resume_from:
         trackers = tracking.build_trackers(config, flat)
     folder = Path(config.run_dir)
     run = Run(config, parts, replicated, optimizer, state, trackers, Saver(folder / "checkpoints"), stop,
-              Watchdog(config.parallel.stuck_seconds, folder), start_up, first_step=state.step,
+              Watchdog(config.parallel.stuck_seconds, folder, state.step), start_up, first_step=state.step,
               started=time.monotonic(), last_step=config.train.max_steps)
     start_up.lap("tracker")
     return run
@@ -225,7 +227,8 @@ def train(run: Run) -> None:
     steps = training_steps(reader, mixture, run.parts.training_cost(reader), config.data, config.train.seed,
                            per_step, dist.rank(), dist.world_size(), run.state.loader,
                            pin_memory=model.device.type == "cuda")
-    meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples, run.state.meter)
+    meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples, run.state.meter,
+                  {host for entry in (*config.data.train, *config.data.dev) for host in hosts_of(entry.path)})
     filler = find_filler(reader)
     history, evaluate_every = DevHistory(run.folder / "checkpoints", run.state.step), config.train.eval_every
     model.train()
@@ -305,6 +308,9 @@ def report(run: Run, meter: Meter, mixture: Mixture, rate: float, grad_norm: flo
     if metrics["skipped_steps"]:
         logger.warning("step %d: %d steps since the last report had a non-finite loss or gradient and were left out; "
                        "their clips are named in nonfinite-rank*.jsonl", step, metrics["skipped_steps"])
+    if any(meter.retries.values()):
+        logger.warning("step %d: tries of network sources that failed since the last report, all made again: %s", step,
+                       ", ".join(f"{host} {count}" for host, count in meter.retries.items() if count))
     run.state = replace(run.state, skipped_samples=int(metrics["skipped_samples"]))
     run.trackers.log(metrics | {"failed_checkpoints": float(run.saver.failed)}, step)
     if config.train.max_minutes:
@@ -343,8 +349,9 @@ def keep_to_time(run: Run, elapsed: float) -> None:
 def progress_line(run: Run, metrics: dict[str, float]) -> str:
     done, left = run.state.step - run.first_step, run.last_step - run.state.step
     eta = (time.monotonic() - run.started) / done * left
-    return (f"step {run.state.step}/{run.last_step} | loss {metrics['loss']:.3f} | "
-            f"match {metrics['match_loss']:.3f} | lr {metrics['learning_rate']:.2e} | "
+    loss, match = (f"{metrics[name]:.3f}" if name in metrics else "none" for name in ("loss", "match_loss"))
+    return (f"step {run.state.step}/{run.last_step} | loss {loss} | match {match} | "
+            f"lr {metrics['learning_rate']:.2e} | "
             f"{metrics['clips_per_second']:.1f} clips/s | {metrics['tokens_per_second']:.0f} tokens/s | "
             f"waiting for data {100 * metrics['waiting_share']:.0f} % | "
             f"prompts in use {metrics['effective_prompts']:.1f} | left {logs.clock(eta)}")
@@ -397,6 +404,8 @@ def run_program(config: Config, stop: StopRequest) -> int:
             logger.info("already trained for %d steps; raise train.max_steps (or train.max_minutes) to go on",
                         state.step)
             return 0
+        if config.train.eval_every:
+            dist.on_main(check_ids, "dev", config)
         run = set_up(config, device, stop, found and found[0], state, start_up)
         outcome: tracking.Outcome = "FAILED"
         try:

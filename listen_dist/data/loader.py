@@ -27,19 +27,20 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import resource_tracker
 from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from listen_dist.data.augment import Augmenter
 from listen_dist.data.collate import Prepared, collate
 from listen_dist.data.features import Fbank, LogMel
 from listen_dist.data.mixture import Mixture, SampleRef
+from listen_dist.data.remote import take_retries
 from listen_dist.data.schedule import TokenCost, plan_batches, plan_once
 from listen_dist.data.shard_members import PackedSample, ShardError, Want
 from listen_dist.data.shards import ShardIndex
@@ -110,7 +111,9 @@ class BatchReader(Dataset[Batch]):
         skipped: list[SkippedSample] = []
         # Stage by stage, not sample by sample: a stage's code and tables then stay in the processor's caches.
         fetched = self._each(refs, self._fetch, skipped)
-        return collate(self._each(fetched, self._prepare, skipped), self.is_features, skipped)
+        batch = collate(self._each(fetched, self._prepare, skipped), self.is_features, skipped)
+        # A loader process tells with its batches; the trainer asks its own count itself (see `Meter.report`).
+        return replace(batch, retries=take_retries()) if get_worker_info() else batch
 
     def _each(self, items: Sequence[T], stage: Callable[[T], U], skipped: list[SkippedSample]) -> list[U]:
         """Take samples through a stage; those that can't be used are named and left out."""

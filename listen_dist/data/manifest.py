@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from listen_dist.errors import ListenError
 from listen_dist.structures import Record
-from listen_dist.tasks import check_answers, choices_for, get_task, instruction_for
+from listen_dist.tasks import NOTHING_SAID, check_answers, choices_for, get_task, instruction_for
 
 MAX_LINE_BYTES = 1 << 20
 """A longer line is refused before it is parsed."""
@@ -202,6 +202,14 @@ def record_to_dict(record: Record) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value not in ("", [], {}, None)}
 
 
+def is_no_speech(record: Record) -> bool:
+    """Whether the record says that its clip holds no speech: then, and for `asr` alone, the right answer is no text.
+
+    Its target is EOS alone, and any word said counts as an insertion. Without the mark an empty target is a mistake.
+    """
+    return record.task == "asr" and record.meta.get("no_speech") is True
+
+
 def check_id(name: str) -> str:
     """Return `name` if it is safe as a file name and as a WebDataset key.
 
@@ -270,6 +278,11 @@ def _check_record(record: Record, need_audio: bool) -> None:
         get_task(record.task)
     except ListenError as error:
         raise ManifestError(f"key 'task': {error}") from None
+    if is_no_speech(record) and (said := "".join(record.answers).strip()):
+        raise ManifestError(f"key 'meta': no_speech is true, but key 'target' says {said!r:.80}")
+    if record.answers == NOTHING_SAID and not is_no_speech(record):
+        raise ManifestError("key 'target' is empty and there are no 'references'; give the right answer (or, for asr "
+                            "where nothing is said, meta.no_speech: true)")
     check_answers(record.task, record.answers)
     instruction_for(record)
     if not need_audio:  # a shard's record: the rest was checked when it was written

@@ -15,6 +15,7 @@ import random
 import re
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,17 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _PROGRESS = 1 << 20
 """A try that brought so many bytes counts as a success: a large shard may break as often as it likes."""
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+
+_retried: Counter[str] = Counter()
+"""Tries of this process that failed and were made again, by host, since `take_retries`."""
+
+
+def take_retries() -> dict[str, int]:
+    """How often this process had to try again since the last call, by host."""
+    taken = dict(_retried)
+    _retried.clear()
+    return taken
 
 
 class SourceError(ListenError):
@@ -77,6 +89,11 @@ class RemoteFolder(ABC):
         """Where a file lies."""
         return f"{self.address}/{name}"
 
+    @property
+    def host(self) -> str:
+        """Host and port, or the bucket of a store."""
+        return self.address.partition("://")[2].partition("/")[0]
+
     @abstractmethod
     def _blocks(self, name: str, start: int, end: int | None, total: int | None) -> Iterator[bytes]:
         """One try at bytes `start` to `end` (None: to the end of the file), of `total` in the file if known.
@@ -113,6 +130,7 @@ class RemoteFolder(ABC):
                     raise SourceError(f"{self / name}: {failures} tries in a row failed, the last at byte {position}: "
                                       f"{fault}. Start again when the source works; the run goes on from its "
                                       "checkpoint") from None
+                _retried[self.host] += 1
                 _pause(failures, fault.wait)
 
     def read_file(self, name: str, limit: int, sha256: str = "") -> bytes:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from listen_dist.config import set_addresses
 from listen_dist.data.manifest import file_sha256
 from listen_dist.data.remote import HttpFolder, MissingFile, PinnedFile, RemoteFolder, StoreFolder
 from listen_dist.data.shard_cache import CachedFolder
@@ -163,6 +164,12 @@ def locate(folder: Folder | JoinedFolder, name: str) -> tuple[Folder, str]:
         return folder, name
     number, _, rest = name.partition("/")
     return folder.parts[int(number)], rest
+
+
+def hosts_of(path: str) -> list[str]:
+    """The hosts and buckets that a set's path names; none where all of it is here."""
+    folders = (open_folder(address, DataConfig()) for address in set_addresses(path))
+    return [folder.host for folder in folders if isinstance(folder, RemoteFolder)]
 
 
 def open_folder(address: str, data: DataConfig) -> Folder:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from listen_dist import dist
+from listen_dist.data.remote import take_retries
 from listen_dist.engine.step import StepResult
 from listen_dist.structures import Batch
 from listen_dist.tasks import TASKS
@@ -26,13 +29,17 @@ class Meter:
         device: where the sums live.
         skipped: samples skipped until the last report before this process started.
         start: the sums since that report, from `state`.
+        hosts: of the network sources, to count how often each had to be asked again; the same on every rank.
     """
 
     def __init__(self, prompts: int, device: torch.device, skipped: int = 0,
-                 start: Mapping[str, Any] | None = None) -> None:
+                 start: Mapping[str, Any] | None = None, hosts: Iterable[str] = ()) -> None:
         self._tasks = list(TASKS)
         self._prompts = prompts
         self._device = device
+        self.retries = dict.fromkeys(sorted(hosts), 0)
+        """Tries that failed and were made again between the last two reports, of all ranks, by host."""
+        self._retried: Counter[str] = Counter()
         self.skipped = skipped
         """Samples skipped so far by all ranks."""
         self.elapsed = 0.0
@@ -79,6 +86,8 @@ class Meter:
             self._sums[field] = self._sums[field] + value
 
         count("skipped", sum(len(batch.skipped) for batch in batches))
+        for batch in batches:
+            self._retried.update(batch.retries)
         if dist.is_main():  # all ranks leave out the same steps
             count("steps_left_out", float(not result.applied))
         self._step_tokens.append(sum(out.input_tokens for _, out in result.outputs))
@@ -116,6 +125,15 @@ class Meter:
         usage = found[2].view_as(self._usage).cpu().numpy()
         return sums, tasks, usage, imbalance(found[3].view(dist.world_size(), -1))
 
+    def _join_retries(self) -> dict[str, float]:
+        """Take over what all ranks had to ask for again; the metrics of it, none without a network source."""
+        self._retried.update(take_retries())
+        if self.retries:
+            counts = torch.tensor([self._retried[host] for host in self.retries], dtype=torch.float64)
+            self.retries = dict(zip(self.retries, map(int, dist.sum_(counts.to(self._device)).tolist()), strict=True))
+        self._retried.clear()
+        return {f"retries_{re.sub('[^A-Za-z0-9.-]', '_', host)}": float(n) for host, n in self.retries.items()}
+
     def report(self) -> dict[str, float]:
         """Join the sums of all ranks, clear them, and turn them into metrics. Every rank must call it."""
         sums, tasks, usage, unevenness = self._joined()
@@ -124,10 +142,10 @@ class Meter:
         seconds = sums["elapsed"] / dist.world_size()
         self.elapsed += seconds
         rows = max(1.0, sums["rows"])
-        metrics = {
-            "loss": sums["token_loss"] / max(1.0, sums["tokens"]),
-            "match_loss": -sums["mass"] / rows,
-            "match_loss_per_key": -sums["mass_per_key"] / rows,
+        metrics = {  # no loss where no clip was usable
+            **({"loss": sums["token_loss"] / sums["tokens"]} if sums["tokens"] else {}),
+            **({"match_loss": -sums["mass"] / rows, "match_loss_per_key": -sums["mass_per_key"] / rows}
+               if sums["rows"] else {}),
             "clips_per_second": sums["rows"] / seconds,
             "tokens_per_second": sums["input_tokens"] / seconds,
             "audio_seconds_per_second": sums["seconds"] / seconds,
@@ -145,7 +163,7 @@ class Meter:
             of_task = usage[self._tasks.index(task)]
             metrics[f"effective_prompts_{task}"] = effective_number(of_task)
             metrics[f"unused_prompts_{task}"] = unused_share(of_task)
-        return metrics
+        return metrics | self._join_retries()
 
 
 COLLAPSED = 0.2

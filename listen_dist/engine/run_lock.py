@@ -21,7 +21,7 @@ system gives up a dead machine's lock only after a while (NFS: 90 s)."""
 
 
 class RunLock:
-    """Holds `folder`/lock; rank 0 only.
+    """Holds a lock file in `folder`; rank 0 only.
 
     It is a POSIX lock, which NFS, Lustre and GPFS keep across machines and which goes when its
     process does, however that ends. The text in the file only says who holds it.
@@ -30,17 +30,17 @@ class RunLock:
         ConfigError: another run holds it; the message names its host and process.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / "lock").open("ab+", buffering=0)
+    def __init__(self, folder: Path, name: str = "lock", key: str = "run_dir") -> None:
+        self._file = (folder / name).open("ab+", buffering=0)
         job = os.environ.get("SLURM_JOB_ID", "")
         deadline = time.monotonic() + PATIENCE
         while not self._try():
             holder = self._holder()
             if not job or holder.get("job") != job or time.monotonic() > deadline:
                 self._file.close()
-                raise ConfigError(f"run_dir = {str(folder)!r}: in use by process {holder.get('pid', '?')} on "
+                raise ConfigError(f"{key} = {str(folder)!r}: in use by process {holder.get('pid', '?')} on "
                                   f"{holder.get('host', 'an unknown host')}, running since {holder.get('since', '?')}; "
-                                  "wait for its end, or choose another run_dir")
+                                  f"wait for its end, or choose another {key}")
             time.sleep(2)
         self._write({"host": socket.gethostname(), "pid": os.getpid(), "job": job,
                      "since": time.strftime("%Y-%m-%d %H:%M:%S")})

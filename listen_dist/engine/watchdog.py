@@ -75,9 +75,10 @@ class Watchdog:
     Args:
         seconds: how long a run may stand still before it is said.
         folder: where the stacks go.
+        step: steps that are done already, where a run goes on.
     """
 
-    def __init__(self, seconds: float, folder: Path) -> None:
+    def __init__(self, seconds: float, folder: Path, step: int = 0) -> None:
         self._seconds = seconds
         self._interval = min(5.0, seconds / 6)
         self._file = folder / f"stacks-rank{dist.rank()}.txt"
@@ -85,7 +86,7 @@ class Watchdog:
         self._rank, self._world = dist.rank(), dist.world_size()
         self._who = f"process {os.getpid()} on {socket.gethostname()}"
         self._pulses: dict[int, Pulse] = {}
-        self._step, self._beat = 0, time.monotonic()
+        self._step, self._beat = step, time.monotonic()
         self._asked = self._heard = self._beat
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []

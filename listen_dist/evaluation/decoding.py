@@ -17,14 +17,19 @@ import torch
 
 from listen_dist import dist, logs
 from listen_dist.data.loader import BatchReader, decoding_batches, find_filler
+from listen_dist.data.shards import ShardError, ShardIndex
 from listen_dist.engine.assembly import Parts
 from listen_dist.errors import ListenError
 from listen_dist.evaluation.predictions import PartialFile, Prediction
-from listen_dist.schema import EvalConfig
+from listen_dist.schema import Config, ConfigError, EvalConfig, SetConfig
 from listen_dist.structures import Batch, SkippedSample
 from listen_dist.tasks import get_task, token_limit
 
 logger = logging.getLogger(__name__)
+
+
+class UnscorableError(ListenError):
+    """A set has no result for every sample."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Decoder:
             all ranks' predictions in the order of ids, and the samples that could not be read.
 
         Raises:
-            ListenError: a sample is missing or came twice.
+            UnscorableError: a sample is missing or came twice; on all ranks.
         """
         (index,) = reader.indexes
         batches, rounds = decoding_batches(reader, self.parts.token_cost(self.k), self.config.batch_tokens,
@@ -70,8 +75,9 @@ class Decoder:
         names = [row.id for row in (*everything, *left_out)]
         expected = min(self.config.limit or index.samples, index.samples)
         if len(names) != expected or len(set(names)) != expected:
-            raise ListenError(f"{index.folder}: {len(names)} results ({len(set(names))} different ids) for "
-                               f"{expected} samples; delete the partial results and evaluate again")
+            cure = "delete the partial results and evaluate again" if done else "write the shards anew"
+            raise UnscorableError(f"{index.folder}: {len(names)} results ({len(set(names))} different ids) for "
+                                  f"{expected} samples; {cure}")
         return everything, left_out
 
     def _at_own_pace(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Prediction]]]:
@@ -81,7 +87,10 @@ class Decoder:
 
     def _in_rounds(self, batches: Iterator[Batch], rounds: int, reader: BatchReader,
                    ) -> Iterator[tuple[Batch, list[Prediction]]]:
-        filler = find_filler(reader)
+        try:
+            filler = find_filler(reader)
+        except ShardError as error:  # on all ranks, which read the same
+            raise UnscorableError(str(error)) from None
         filler = replace(filler, choices=[("",)], choice_ids=[[[self.parts.text.frame.eos] * 2]], skipped=[])
         nothing = filler.select([])
         for batch in itertools.islice(itertools.chain(batches, itertools.repeat(nothing)), rounds):
@@ -136,6 +145,29 @@ class Decoder:
                            batch.answers[i], tuple(matched.indices[i].tolist()), tuple(matched.scores[i].tolist()),
                            batch.choices[i], language=batch.languages[i], ended=ended(row, limits[i]))
                 for i, row in enumerate(ids)]
+
+
+def check_ids(split: str, config: Config) -> None:
+    """Every id of a set stands in it once, as results go by ids.
+
+    Raises:
+        ConfigError: two folders joined by braces share one; both are named.
+        ShardError: a set can't be read.
+    """
+    sets: list[SetConfig] = getattr(config.data, split)
+    for entry in sets:
+        _check_ids(f"data.{split}", ShardIndex.load(entry.path, config.data))
+
+
+def _check_ids(key: str, index: ShardIndex) -> None:
+    seen: dict[str, int] = {}
+    for shard in range(len(index.shards)):
+        for name in index.shard_table(shard).ids:
+            if name in seen:
+                first, second = (index.folder / index.shards[number].name for number in (seen[name], shard))
+                raise ConfigError(f"{key}: the id {name!r} stands in {first} and in {second}; give each folder a set "
+                                  "of its own instead of joining them by braces")
+            seen[name] = shard
 
 
 def first_line(text: str) -> str:

@@ -19,7 +19,8 @@ from typing import Any
 
 from listen_dist import dist
 from listen_dist.engine.assembly import Parts
-from listen_dist.evaluation.decoding import Decoder
+from listen_dist.errors import ListenError
+from listen_dist.evaluation.decoding import Decoder, UnscorableError
 from listen_dist.evaluation.placement import placed
 from listen_dist.evaluation.predictions import Prediction, write_file
 from listen_dist.evaluation.scoring import score_task
@@ -45,7 +46,10 @@ class Score:
 
 
 def evaluate_dev(parts: Parts) -> dict[str, Score]:
-    """Decode `train.eval_limit` samples of each dev set greedily and score them. Every rank must call it."""
+    """Decode `train.eval_limit` samples of each dev set greedily and score them. Every rank must call it.
+
+    What can't be scored is warned of: training goes on without it.
+    """
     config = parts.config
     # Loader processes started for so few samples would take longer than the reading.
     config = replace(config, data=replace(config.data, workers=0),
@@ -56,14 +60,30 @@ def evaluate_dev(parts: Parts) -> dict[str, Score]:
     with placed(parts) as whole:
         decoder = Decoder(parts, config.eval, config.pool.k, whole)
         for entry in config.data.dev:
-            rows += decoder.decode_set(parts.reader([entry], with_targets=False))[0]
+            try:
+                rows += decoder.decode_set(parts.reader([entry], with_targets=False))[0]
+            except UnscorableError as error:
+                _warn("a set of data.dev is left out: %s", error)
     parts.model.train()
+    if not rows:
+        _warn("data.dev: no sample could be used; there are no dev scores")
     found = {}
     for task in sorted({row.task for row in rows}):
-        scores = score_task(task, [row for row in rows if row.task == task], java=False)
+        try:
+            scores = score_task(task, [row for row in rows if row.task == task], java=False)
+        except ListenError as error:
+            _warn("data.dev: no score of %s: %s", task, error)
+            continue
         if scores.metric in scores.figures:
             found[task] = Score(scores.metric, scores.better, scores.figures[scores.metric].value)
+        else:
+            _warn("data.dev: %s of %s is %s", scores.metric, task, scores.not_computed[scores.metric])
     return found
+
+
+def _warn(message: str, *words: object) -> None:
+    if dist.is_main():
+        logger.warning(message, *words)
 
 
 class DevHistory:

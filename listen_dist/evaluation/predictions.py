@@ -11,6 +11,7 @@ so that a restart with the same header, on any number of ranks, goes on where al
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections import defaultdict
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from listen_dist.errors import ListenError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,24 +70,35 @@ def take_over(folder: Path, header: dict[str, Any]) -> dict[str, list[Prediction
     One rank alone calls it, before any appends. The files of all its ranks become one, so that the number
     of ranks may change.
 
+    A damaged line is dropped, and its sample decoded again; without a readable header all are.
+
     Raises:
-        ListenError: the folder holds the results of another evaluation, or was damaged.
+        ListenError: the folder holds the results of another evaluation.
     """
     known = folder / "header.json"
     header = json.loads(json.dumps(header))  # as it reads back
+    files = sorted(folder.glob("rank-*.jsonl"))
     if known.is_file():
-        earlier = json.loads(known.read_text(encoding="utf-8"))
+        earlier = _object(known.read_text(encoding="utf-8", errors="replace"))
+        if earlier is None:
+            logger.warning("%s: damaged, so nobody knows what the partial results depend on; decoding all again", known)
+            for file in files:
+                file.unlink()
+            files = []
+        earlier = earlier or header
         differing = sorted(key for key in {*earlier, *header} if earlier.get(key) != header.get(key))
         if differing:
             raise ListenError(f"{folder}: holds an interrupted evaluation that differs in {', '.join(differing)}; "
                              "finish it with the same settings, choose another --out, or delete that folder")
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    files = sorted(folder.glob("rank-*.jsonl"))
     for file in files:
-        # A killed process may leave half a line at the end.
-        for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-            row = json.loads(line)
-            rows[row["set"], row["id"]] = row
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, line in enumerate(filter(None, lines), 1):
+            row = _finished(line)
+            if row is None:  # a kill leaves half a line, a lost node one of NULs
+                logger.warning("%s:%d: damaged, dropped; its sample is decoded again", file, number)
+            else:
+                rows[row["set"], row["id"]] = row
     write_file(folder / "rank-0.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
     for file in files:
         if file.name != "rank-0.jsonl":
@@ -94,6 +108,26 @@ def take_over(folder: Path, header: dict[str, Any]) -> dict[str, list[Prediction
     for (fingerprint, _), row in rows.items():
         done[fingerprint].append(prediction_from(row))
     return done
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """A JSON object; None where the text is something else."""
+    try:
+        tree = json.loads(text)
+    except ValueError:
+        return None
+    return tree if isinstance(tree, dict) else None
+
+
+def _finished(line: str) -> dict[str, Any] | None:
+    """The fields of a finished prediction and its set; None where the line is damaged."""
+    row = _object(line)
+    try:
+        if row is None or not isinstance(row["set"], str) or not isinstance(prediction_from(row).id, str):
+            return None
+    except (ListenError, KeyError):
+        return None
+    return row
 
 
 def clear(folder: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,37 @@ def test_splits_without_a_usable_sample_and_sets_named_twice(program: Program, t
     assert not list((tmp_path / "out").glob("results*"))
 
 
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != ".evaluation.lock")
+
+
+def test_the_folder_of_results_is_tried_before_a_model_is_loaded(program: Program, untrained: Path,  # noqa: F811
+                                                                 tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                 ) -> None:
+    monkeypatch.setattr(evaluation, "assemble", lambda *_: pytest.fail("a model was loaded"))
+    run = (f"run_dir={untrained}", "--out")
+    line = error_of(program(evaluation.main, *run, "/proc/results"))
+    assert "--out = '/proc/results': cannot be written: " in line and "choose another folder" in line
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.tempfile, "TemporaryFile", lambda **_: Path("/dev/full").open("wb"))
+        assert "No space left on device" in error_of(program(evaluation.main, *run, str(tmp_path / "out")))
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "out")], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline()
+        line = error_of(program(evaluation.main, *run, str(tmp_path / "out")))
+        assert f"in use by process {other.pid} on" in line and "wait for its end, or choose another --out" in line
+        other.communicate()
+
+
+HOLDER = """
+import sys, pathlib
+from listen_dist.engine.run_lock import RunLock
+lock = RunLock(pathlib.Path(sys.argv[1]), ".evaluation.lock", "--out")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
 class Interrupted(Exception):
     """Stands for the end of the process."""
 
@@ -100,7 +133,7 @@ def test_an_interrupted_evaluation_goes_on_or_refuses(program: Program, trained:
         patch.setattr(PartialFile, "add", add)
         with pytest.raises(Interrupted):
             program(evaluation.main, *run, *out)
-    assert len(decoded) == 1 and sorted(path.name for path in (tmp_path / "out").iterdir()) == ["partial.test"]
+    assert len(decoded) == 1 and names_in(tmp_path / "out") == ["partial.test"]
     before = state_of(tmp_path / "out")
     line = error_of(program(evaluation.main, *run, *out, "eval.beams=2", "pool.top_k=3"))
     assert "partial.test: holds an interrupted evaluation that differs in decoding, k; finish it" in line
@@ -108,7 +141,7 @@ def test_an_interrupted_evaluation_goes_on_or_refuses(program: Program, trained:
     assert program(evaluation.main, *run, *out)[0] == 0
     assert len(decoded) == len(set(decoded)) == 7
     assert results_of(tmp_path / "out")["tasks"] == results_of(tmp_path / "unbroken")["tasks"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    assert names_in(tmp_path / "out") == [
         "eval_skipped.jsonl", "predictions.jsonl", "results.json"]
 
 

@@ -1,8 +1,10 @@
-"""The demo's recipe on a part of its data: its first 50 steps, on two real ranks with the real models.
+"""The demo's recipe on a part of its data: its first ten steps, on two real ranks with the real models.
 
     python tests/golden/recipe.py      # writes recipe.json anew, after a change that is meant to change the recipe
 
-All 50 are warm-up, so that they are the same however long the run is to be. Say in the commit why the curve changed.
+All ten are warm-up, so that they are the same however long the run is to be. They are in float32, where rounding
+moves a loss little and a processor without bfloat16 has nothing to emulate, and not compiled, which takes as long as
+the steps. Say in the commit why the curve changed.
 """
 
 from __future__ import annotations
@@ -15,14 +17,11 @@ from pathlib import Path
 FILE = Path(__file__).resolve().parent / "recipe.json"
 sys.path[:] = [str(FILE.parents[2]), *(p for p in sys.path if Path(p or ".").resolve() != FILE.parent)]
 
-import torch  # noqa: E402
-
 from listen_dist import config as configuration  # noqa: E402
 from listen_dist.data.manifest import read_manifest, write_manifest  # noqa: E402
-from listen_dist.models.llm import has_compiler  # noqa: E402
 from tests import launching  # noqa: E402
 
-STEPS, CLIPS = 50, 120
+STEPS, CLIPS = 10, 48
 CURVES = ("loss", "learning_rate")
 ASSETS, CONFIG = launching.ROOT / "assets", launching.ROOT / "configs/demo_full.yaml"
 
@@ -57,10 +56,9 @@ def curves(folder: Path) -> dict[str, list[float]]:
     words = [sys.executable, "tools/shard_dataset.py", "--separate", "--features", "speech", "--speech-encoder",
              config.model.speech_encoder, "--workers", "2", *manifests, folder / "shards"]
     launching.run(words, 300).check()
-    compiled = str(has_compiler(torch.device("cpu"))).lower()
     words = [*launching.command("deepspeed", launching.TRAIN, 2), "--config", CONFIG, f"run_dir={folder / 'run'}",
              f"data.train=[{', '.join(sets)}]", f"train.max_steps={STEPS}", "train.max_minutes=0", "train.log_every=1",
-             "train.eval_every=0", "tracking.mlflow=false", f"model.compile={compiled}"]
+             "train.eval_every=0", "tracking.mlflow=false", "model.compile=false", "model.dtype=float32"]
     assert config.train.warmup_steps >= STEPS
     launching.run(words, 900).check()
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]

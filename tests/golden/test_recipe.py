@@ -1,4 +1,4 @@
-"""The demo's recipe still learns as it did: its first 50 steps against a committed curve."""
+"""The demo's recipe still learns as it did: its first ten steps against a committed curve."""
 
 from __future__ import annotations
 
@@ -19,16 +19,13 @@ pytestmark = [
 
 
 def test_the_first_steps_are_the_committed_ones(tmp_path: Path) -> None:
-    """Losses in means of ten steps: in bf16 processors round differently, and later steps follow from it.
+    """The first loss, and the mean of all: rounding may let a clip pick another prompt, which single steps show.
 
-    Half the learning rate moves these means by 1 to 4 %, another processor's rounding by up to 3 %: so the rates
-    are compared by themselves.
+    bfloat16, which rounds far more coarsely than processors differ in float32, moves the first loss by 0.8 %, single
+    ones by 5 % and the mean by 1 %.
     """
-    found, expected = recipe.curves(tmp_path), json.loads(recipe.FILE.read_text())
+    found, expected = recipe.curves(tmp_path), json.loads(recipe.FILE.read_text(encoding="utf-8"))
     assert found["learning_rate"] == pytest.approx(expected["learning_rate"], rel=1e-5)
     ours, theirs = found["loss"], expected["loss"]
     assert len(ours) == len(theirs) == recipe.STEPS and ours[0] == pytest.approx(theirs[0], rel=0.01)
-    for start in range(0, recipe.STEPS, 10):
-        window = slice(start, start + 10)
-        assert statistics.mean(ours[window]) == pytest.approx(statistics.mean(theirs[window]), rel=0.05), (
-            f"steps {start + 1} to {start + 10}; see tests/golden/recipe.py")
+    assert statistics.mean(ours) == pytest.approx(statistics.mean(theirs), rel=0.03), "see tests/golden/recipe.py"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -27,13 +27,14 @@ def differ(a: Any, b: Any) -> bool:
 def test_some_rows_are_those_rows_in_every_field() -> None:
     whole, some = batch(4), batch(4).select([2, 0])
     assert some.ids == ["clip-2", "clip-0"] and some.skipped == [] and len(whole.select([])) == 0
-    for name in (item.name for item in fields(Batch) if item.name not in ("skipped", "is_features")):
+    for name in (item.name for item in fields(Batch) if item.name not in ("skipped", "is_features", "retries")):
         column, taken = getattr(whole, name), getattr(some, name)
         assert column is not None and len(column) == 4 and len(taken) == 2, name
         for place, row in enumerate((2, 0)):
             assert not differ(taken[place], column[row]), name
         assert differ(taken[0], taken[1]), f"{name}: equal rows show nothing"
     assert some.is_features is whole.is_features
+    assert replace(whole, retries={"host": 2}).select([0]).retries == {}
 
 
 def test_every_tensor_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from listen_dist import dist
+from listen_dist.data import remote
 from listen_dist.engine.meter import Meter, effective_number
 from listen_dist.engine.optim import build_optimizer, learning_rate
 from listen_dist.engine.replicated import DriftError, ReplicatedTrainables
@@ -135,6 +136,13 @@ def output(tokens: list[int], losses: list[float], indices: list[list[int]]) -> 
     return batch, out
 
 
+def test_no_loss_is_reported_where_no_clip_was_usable() -> None:
+    meter = Meter(4, torch.device("cpu"))
+    meter.add(StepResult([], torch.tensor(0.0), True, False, 2, 1e-3), [])
+    metrics = meter.report()
+    assert not [name for name in metrics if "loss" in name] and metrics["clips_per_second"] == 0
+
+
 def test_the_meter_reports_means_over_tokens_and_rows() -> None:
     meter = Meter(4, torch.device("cpu"))
     first, second = output([3, 5], [6.0, 20.0], [[0, 1], [0, 3]]), output([2], [1.0], [[1, -1]])
@@ -153,7 +161,22 @@ def test_the_meter_reports_means_over_tokens_and_rows() -> None:
     assert metrics["unused_prompts"] == 0.25 and metrics["unused_prompts_caption"] == 0.5
     assert metrics["waiting_share"] > 0 and metrics["clips_per_second"] > 0
     after = meter.report()
-    assert after["loss"] == 0 and after["effective_prompts"] == 0 and after["skipped_samples"] == 3
+    assert "loss" not in after and after["effective_prompts"] == 0 and after["skipped_samples"] == 3
+
+
+def test_the_meter_counts_retries_by_host() -> None:
+    """A loader process's come with its batches, those of the trainer itself are asked for."""
+    remote.take_retries()
+    meter = Meter(4, torch.device("cpu"), hosts={"b:80", "a"})
+    batch, out = output([3], [6.0], [[0, 1]])
+    for _ in range(2):
+        batch = dataclasses.replace(batch, retries={"b:80": 2})
+        meter.add(StepResult([(batch, out)], torch.tensor(1.0), True, False, 2, 1e-3), [batch])
+    remote._retried["a"] += 1
+    metrics = meter.report()
+    assert (metrics["retries_a"], metrics["retries_b_80"], meter.retries) == (1, 4, {"a": 1, "b:80": 4})
+    assert meter.report()["retries_b_80"] == 0 and not any(meter.retries.values())
+    assert not any(key.startswith("retries") for key in Meter(4, torch.device("cpu")).report())
 
 
 def test_the_meter_goes_on_from_a_checkpoint() -> None:

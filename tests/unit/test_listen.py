@@ -192,6 +192,20 @@ def test_a_rows_token_limit_is_its_own(parts_of: Any, beams: int) -> None:
         assert alone.text == together[row].text
 
 
+def test_a_budget_of_one_token_decodes_each_clip_alone(parts_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exact mode for bf16: the shape of the batch is the clip's own."""
+    parts = parts_of("bf16")
+    reader = parts.reader(parts.config.data.test, with_targets=False)
+    sizes: list[int] = []
+    answer = Decoder._split
+    monkeypatch.setattr(Decoder, "_split", lambda self, batch: sizes.append(len(batch)) or answer(self, batch))
+    rows, skipped = decoder(parts, batch_tokens=1).decode_set(reader)
+    assert sizes == [1] * 7 and not skipped
+    names = {name: SampleRef(0, shard, row) for shard in range(len(reader.indexes[0].counts))
+             for row, name in enumerate(reader.indexes[0].shard_table(shard).ids)}
+    assert rows == [decoder(parts).answer(reader[[names[row.id]]])[0] for row in rows]
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_an_answer_ends_with_its_line(parts_of: Any, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any token may play the line end for a random LLM; it ends its own row, and is never the first."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from listen_dist.data import loader, remote
 from listen_dist.data.collate import collate
 from listen_dist.data.features import LogMel
 from listen_dist.data.loader import BatchReader, decoding_batches, find_filler, training_steps
@@ -206,3 +207,14 @@ def test_features_of_another_encoder_are_refused(tiny_world: tiny.Tiny, stored: 
     off = tiny_world.config("parallel.llm=replicated", "data.stored_features=false")
     without = Parts(off, with_features.model, with_features.sharding, with_features.text, with_features.log_mel)
     assert not without.reader([SetConfig(str(tmp_path / "set"))], True).is_features
+
+
+def test_a_loader_process_tells_with_its_batch_what_was_asked_for_again(tiny_world: tiny.Tiny, reader_of: ReaderOf,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = reader_of(tiny_world.test)
+    refs = all_refs(reader.indexes[0])[:1]
+    remote.take_retries()
+    remote._retried["host"] += 3
+    assert reader[refs].retries == {}  # in the trainer itself, which asks for its own
+    monkeypatch.setattr(loader, "get_worker_info", lambda: object())
+    assert reader[refs].retries == {"host": 3} and reader[refs].retries == {}

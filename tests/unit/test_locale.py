@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,10 @@ def test_text_files_are_utf_8(folder: str) -> None:
              for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
              if isinstance(call, ast.Call) and reads_text_by_the_locale(call)]
     assert not found
+
+
+def test_what_stdout_cannot_encode_ends_nothing() -> None:
+    code = "from listen_dist.errors import print_in_any_locale as f; f(); print('caf\\u00e9 \\u2026 \\udce9')"
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | ascii_only, capture_output=True, check=False)
+    assert done.returncode == 0 and done.stdout == b"caf? ? ?\n", done.stderr

@@ -153,6 +153,17 @@ def test_choices_are_checked_when_shards_are_built_not_when_they_are_read(tmp_pa
         write_manifest(tmp_path / "m.jsonl", [Record("a1", ("/a.wav",), "emotion", "c", meta={"choices": ["a", "b"]})])
 
 
+def test_an_empty_target_is_right_where_the_record_says_that_nothing_is_said(tmp_path: Path) -> None:
+    silent = Record("s", (str(tmp_path / "a.wav"),), "asr", meta={"no_speech": True})
+    write_manifest(tmp_path / "m.jsonl", [silent])
+    assert list(read_manifest(tmp_path / "m.jsonl")) == [silent] and silent.answers == ("",)
+    for change, message in (({"target": "hm", "meta": {"no_speech": True}}, "no_speech is true, but .*says 'hm'"),
+                            ({"target": "", "meta": {"no_speech": 1}}, "'target' is empty.*meta.no_speech: true"),
+                            ({"target": "", "task": "caption", "meta": {"no_speech": True}}, "'target' is empty")):
+        with pytest.raises(ManifestError, match=message):
+            record_from_json(json.dumps({**GOOD, **change}).encode())
+
+
 def test_duplicate_id_names_both_lines(tmp_path: Path) -> None:
     line = json.dumps(GOOD).encode()
     with pytest.raises(ManifestError, match=r"m\.jsonl:2: key 'id': 'a1' stands in line 1 too"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -47,9 +46,6 @@ def test_another_evaluation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ListenError, match="an interrupted evaluation that differs in decoding, k; finish it with"):
         take_over(tmp_path, {**HEADER, "k": 5, "decoding": {"beams": 4}})
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
-    (tmp_path / "rank-0.jsonl").write_text(json.dumps({"set": "s", "id": "a"}) + "\n")
-    with pytest.raises(ListenError, match="not a prediction"):
-        take_over(tmp_path, HEADER)
 
 
 def test_a_text_with_another_kind_of_line_end_is_read_again(tiny_world: tiny.Tiny, tmp_path: Path) -> None:
@@ -59,3 +55,26 @@ def test_a_text_with_another_kind_of_line_end_is_read_again(tiny_world: tiny.Tin
     (tmp_path / "config.yaml").write_text(tiny_world.config_file.read_text(encoding="utf-8"), encoding="utf-8")
     assert [found["text"] for found in read_run(tmp_path).predictions] == [row.text]
     assert read_predictions(tmp_path / "predictions.jsonl") == [row]
+
+
+@pytest.mark.parametrize("damage", [
+    "\0" * 40, '{"set": "s", "id": "a"}', '{"set": "s", "id": "a", "ta', "[1]", '{"id": "b"}', "\ufffd", '{"set": 3}'])
+def test_a_damaged_line_is_dropped_and_named(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    take_over(tmp_path, HEADER)
+    file = PartialFile(tmp_path, 0)
+    file.add("s", [prediction("a")])
+    file.close()
+    with (tmp_path / "rank-0.jsonl").open("a", encoding="utf-8") as broken:
+        broken.write(damage + "\n")
+    PartialFile(tmp_path, 1).add("s", [prediction("c")])
+    assert [row.id for row in take_over(tmp_path, HEADER)["s"]] == ["a", "c"]
+    assert "rank-0.jsonl:2: damaged, dropped; its sample is decoded again" in caplog.text
+    assert [row.id for row in take_over(tmp_path, HEADER)["s"]] == ["a", "c"]
+
+
+def test_without_a_readable_header_all_are_decoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    take_over(tmp_path, HEADER)
+    PartialFile(tmp_path, 0).add("s", [prediction("a")])
+    (tmp_path / "header.json").write_text("\0\0\0", encoding="utf-8")
+    assert take_over(tmp_path, HEADER) == {} and "header.json: damaged" in caplog.text
+    assert take_over(tmp_path, HEADER) == {}

@@ -98,10 +98,15 @@ def test_references_without_words_are_counted_and_alone_give_no_figure() -> None
     assert "not computed, because no reference" in table({"asr": alone})
 
 
+def test_words_said_where_nothing_is_said_are_insertions() -> None:
+    figures = score_task("asr", rows("asr", ["hello there", "", "a b"], [("",), ("",), ("a b",)])).figures
+    assert (figures["insertions"].value, figures["wer"].value) == (2, 1.0)
+
+
 def test_a_missing_reference_is_refused() -> None:
-    for answers in ((), ("",), ("a", " ")):
-        with pytest.raises(ListenError, match="sample 'asr-0' has no reference"):
-            score_task("asr", rows("asr", ["x"], [answers]))
+    for task, answers in (("asr", ()), ("translation", ("",)), ("asr", ("a", " ")), ("asr", ("", ""))):
+        with pytest.raises(ListenError, match=f"sample '{task}-0' has no reference"):
+            score_task(task, rows(task, ["x"], [answers]))
     with pytest.raises(ListenError, match="no prediction to score; is the split empty"):
         score_task("asr", [])
 

@@ -18,6 +18,7 @@ from listen_dist.data import remote, shard_cache
 from listen_dist.data.remote import HttpFolder, SourceError, StoreFolder
 from listen_dist.data.shard_members import ShardError
 from listen_dist.data.shards import ShardIndex
+from listen_dist.data.sources import hosts_of
 from listen_dist.schema import ConfigError, DataConfig
 from tests import tiny
 from tests.serving import STALL, FaultyProxy, Nginx, find_nginx, serve
@@ -187,11 +188,18 @@ def test_a_busy_server_is_asked_again(nginx: Nginx) -> None:
     assert 503 in statuses and statuses[-1] == 200
 
 
+def test_hosts_of_a_set(tmp_path: Path) -> None:
+    assert hosts_of(f"{{{tmp_path},http://host:81/a,s3://bucket/b/c}}") == ["host:81", "bucket"]
+    assert hosts_of(str(tmp_path)) == []
+
+
 def test_pauses_double_and_the_error_names_shard_and_cause(nginx: Nginx, pauses: list[float]) -> None:
+    remote.take_retries()
     file = remote.PinnedFile("shard-000000.tar", 9, "")
     with pytest.raises(SourceError, match=r"^http://127.*/broken/shard-000000\.tar: 6 tries in a row failed, the "
                                           r"last at byte 0: HTTP 500 Internal Server Error\. Start again"):
         HttpFolder(nginx.url("broken"), 5, 20.0).read_range(file, 0, 9)
+    assert remote.take_retries() == {f"127.0.0.1:{nginx.port}": 5} and remote.take_retries() == {}
     assert all(0.75 * 0.5 * 2**i <= pause <= 0.5 * 2**i for i, pause in enumerate(pauses)) and len(pauses) == 5
     assert len(nginx.requests(6)) == 6
     with pytest.raises(SourceError, match=r"closed/shard-000000\.tar: 2 tries .*RemoteDisconnected"):

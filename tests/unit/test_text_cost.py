@@ -15,6 +15,7 @@ from listen_dist.data.shard_members import ShardError
 from listen_dist.data.text import TextEncoder
 from listen_dist.data.text_cost import fit_line, learn_text_tokens
 from listen_dist.models.llm import load_tokenizer
+from listen_dist.structures import Record
 from tests import tiny
 
 pytestmark = pytest.mark.timeout(120)
@@ -53,3 +54,10 @@ def test_costs_of_a_set_are_right_in_sum_and_bad_samples_do_not_count(
 
     monkeypatch.setattr(type(indexes[0]), "read_sample", unreadable)
     assert learn_text_tokens(indexes[0], text) == TextTokens()
+
+
+def test_of_a_clip_in_which_nothing_is_said_eos_alone_is_learned(tiny_world: tiny.Tiny, tmp_path: Path) -> None:
+    index = tiny.write_set(tmp_path / "set", [Record("silence", (), "asr", meta={"no_speech": True})])
+    record = index.read_sample(0, 0, "record", 30.0).record
+    text = TextEncoder(load_tokenizer(tiny_world.config().model.llm), tiny_world.config().model)
+    assert text.target_ids(record.answers[0]) == [text.frame.eos]

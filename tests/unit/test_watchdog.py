@@ -27,3 +27,7 @@ def test_the_rank_that_the_others_wait_for(tmp_path: Path, places: list[tuple[st
     found = [part for part in watchdog.diagnosis().split("rank ") if "holds the others up" in part]
     assert [int(part.split()[0]) for part in found] == named
     assert not rest or parts[-1] == rest
+
+
+def test_a_run_that_goes_on_is_not_after_step_0(tmp_path: Path) -> None:
+    assert Watchdog(60, tmp_path, step=30)._step == 30
