@@ -29,7 +29,7 @@ from shard_stats import verify_all
 
 LOUDEST = 8.0
 """Of a decoded sample. Float files may go beyond 1 a little, and so does resampling."""
-OPTIONS = shard_build.BuildOptions(shard_seconds=20.0, max_seconds=30.0, speech_encoder=None, dtype="float32")
+OPTIONS = shard_build.BuildOptions(shard_seconds=20.0, max_seconds=30.0, speech_encoder=None)
 LIMITS = (30.0, 30.0, 30.0, 1.0, 0.5, 3600.0)
 FORMS = shell.Form(jsonl=True, explain=True, bare=False)
 

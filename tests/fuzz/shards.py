@@ -270,7 +270,8 @@ def _other_members(chance: random.Random, members: Members, samples: Sequence[Me
 
 def _other_content(chance: random.Random, name: str, content: bytes) -> bytes:
     if name.endswith(".json") and chance.random() < 0.7:
-        return mutate.to_json(chance, mutate.tree(chance, json.loads(content)))
+        with contextlib.suppress(ValueError):  # damaged already
+            return mutate.to_json(chance, mutate.tree(chance, json.loads(content)))
     if name.endswith(".flac") and chance.random() < 0.6:
         made = sound(chance).content
         return made if chance.random() < 0.4 else mutate.data(chance, made)

@@ -53,7 +53,7 @@ def case(sets: Path, chance: random.Random, folder: Path) -> str:
         with contextlib.redirect_stdout(io.StringIO()):
             manifests = run_recipe(recipe, folder / "out", copy, *words)
     except ListenError as error:
-        one_line(error, str(folder), *words)
+        one_line(error, str(folder), f"{recipe}.", f"{recipe}_fold", *words)
         if list((folder / "out").glob("*.jsonl")):
             raise Fault("an error, and a manifest beside it") from error
         return "refused"
