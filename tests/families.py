@@ -170,7 +170,7 @@ def result(folder: Path, family: str, backend: str) -> dict[str, Any]:
 def faults(found: dict[str, Any], truth: dict[str, Any]) -> list[str]:
     """What differs between two results of the same family."""
     wrong = []
-    for name, limit in (("losses", 1e-4), ("grads", 1e-3), ("likelihoods", 1e-3)):
+    for name, limit in (("losses", 1e-5), ("grads", 2e-5), ("likelihoods", 1e-3)):
         ours, theirs = torch.tensor(found[name]), torch.tensor(truth[name])
         off = float((ours - theirs).abs().max() / theirs.abs().max())
         if not off <= limit:

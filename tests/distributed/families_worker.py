@@ -88,6 +88,7 @@ def truth(parts: Parts, llm: PreTrainedModel, reader: BatchReader, before: dict[
     if llm.config.model_type == "falcon_h1":  # multiplied where tokens are read, not where embeddings are
         table = table * llm.config.embedding_multiplier
     batch, frame = reader[REFS], parts.model.frame
+    parts.model.train()  # answers have frames rounded to float16, as shards store them; training as they come
     clips = prepared(parts, batch)
     weights = {name: value.clone().requires_grad_() for name, value in before.items()}
     k = dist.draw_k(parts.config.train.seed, 0, parts.config.pool.k_max)
@@ -111,6 +112,7 @@ def plain_said(parts: Parts, llm: PreTrainedModel, table: torch.Tensor) -> dict[
     """Greedy and beam answers, and choices' likelihoods, with the weights as the step left them."""
     batch, frame = parts.reader(parts.config.data.train, with_targets=False)[REFS], parts.model.frame
     after = {name: p.detach() for name, p in parts.model.trainable.named_parameters()}
+    parts.model.eval()
     found: dict[str, Any] = {"greedy": [], "beams": [], "likelihoods": []}
     for i, clip in enumerate(prepared(parts, batch)):
         context = plain.embed_context(llm, after, clip, frame, 5, table)
