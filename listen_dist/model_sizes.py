@@ -85,12 +85,13 @@ def llm_size(path: str) -> LLMSize:
     config = _read_config(path, "model.llm")
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(config)
-    width, heads = config.hidden_size, config.num_attention_heads
+    text = config.get_text_config(decoder=True)
+    width, heads = text.hidden_size, getattr(text, "num_attention_heads", None) or 1  # Mamba has none: as one head
     layers = decoder_layers(llm)
     return LLMSize(
         tensors=tuple(p.numel() for p in llm.parameters()), layer=count(layers[0]), layers=len(layers), width=width,
-        heads=heads, attention_width=heads * (getattr(config, "head_dim", None) or width // heads),
-        inner=getattr(config, "intermediate_size", None) or 4 * width, vocabulary=config.vocab_size)
+        heads=heads, attention_width=heads * (getattr(text, "head_dim", None) or width // heads),
+        inner=getattr(text, "intermediate_size", None) or 4 * width, vocabulary=text.vocab_size)
 
 
 def whisper_size(path: str) -> tuple[int, int]:

@@ -326,8 +326,8 @@ def report(run: Run, meter: Meter, mixture: Mixture, rate: float, grad_norm: flo
 def warn_of_collapse(run: Run, effective: float) -> None:
     """Say when the pool has come to give nearly every clip the same prompts, and when it has recovered."""
     pool, step = run.config.pool, run.state.step
-    if pool.selection != "similarity" or step <= run.config.train.warmup_steps:
-        return
+    if not effective or pool.selection != "similarity" or step <= run.config.train.warmup_steps:
+        return  # nothing was chosen, or nobody chooses
     narrow = share_in_use(effective, pool.k_max, pool.prompts) < COLLAPSED
     if narrow and not run.narrow:
         logger.warning("step %d: the pool narrows: %.1f of %d prompts are effectively in use since the last report "

@@ -115,13 +115,16 @@ class CentredPool(PromptPool):
         """Number of rows, sum of q − mean and sum of its square: around the mean, so that fp32 loses nothing."""
         assert match.query is not None
         away = match.query - self.query_mean
-        return torch.cat([away.new_tensor([len(away)]), away.sum(0), away.square().sum(0)])
+        # Filled, not copied: a copy from the host would wait for the GPU.
+        return torch.cat([away.new_full((1,), len(away)), away.sum(0), away.square().sum(0)])
 
     def update(self, sums: torch.Tensor) -> None:
         count, first, second = sums.split([1, len(self.query_mean), len(self.query_mean)])
+        seen = (count > 0).float()  # 0: no clip of the step was usable, and all stays as it is
+        count = count.clamp(min=1)
         shift = first / count
-        self.query_steps += 1
-        weight = (1 / self.query_steps).clamp(min=self.MOMENTUM)
+        self.query_steps += seen[0]
+        weight = seen * (1 / self.query_steps.clamp(min=1)).clamp(min=self.MOMENTUM)
         of_step = second / count - shift.square()
         self.query_var.mul_(1 - weight).add_(weight * of_step + weight * (1 - weight) * shift.square())
         self.query_mean.add_(weight * shift)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -19,9 +22,12 @@ def fresh() -> None:
     op._say_once.cache_clear()
 
 
-def test_right_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_check, "SHAPES", self_check.SHAPES[:1])  # the interpreter is slow
-    assert self_check.fault(CPU) == ""
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_right_kernels_pass(monkeypatch: pytest.MonkeyPatch, mode: Callable[[], AbstractContextManager[None]]) -> None:
+    """In training, and where decoding is the first to use them."""
+    monkeypatch.setattr(self_check, "SHAPES", self_check.SHAPES[2:])  # the interpreter is slow
+    with mode():
+        assert self_check.fault(CPU) == ""
 
 
 def test_a_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

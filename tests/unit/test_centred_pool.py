@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from listen_dist import train
+from listen_dist.data.mixture import SampleRef
 from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.assembly import Parts, assemble
 from listen_dist.engine.checkpoint import TrainState
@@ -56,6 +57,16 @@ def test_the_statistics_are_those_of_weighted_queries() -> None:
     mean = weights @ kept
     np.testing.assert_allclose(ours.query_mean.numpy(), mean, rtol=1e-5)
     np.testing.assert_allclose(ours.query_var.numpy(), weights @ (kept - mean) ** 2, rtol=1e-3)
+
+
+def test_a_step_without_a_usable_clip_changes_nothing() -> None:
+    ours = pool()
+    for seen in (0, 1):
+        before = {name: value.clone() for name, value in ours.named_buffers()}
+        ours.update(torch.zeros(ours.observed))
+        assert all(torch.equal(value, before[name]) for name, value in ours.named_buffers())
+        assert ours.query_steps == seen
+        ours.update(ours.observe(ours(*contexts(5, 1), [], 2)))
 
 
 def test_the_choice_is_that_of_centred_cosines() -> None:
@@ -129,9 +140,7 @@ def steps(parts: Parts, loss: float | None = None) -> ReplicatedTrainables:
     return replicated
 
 
-def places(parts: Parts):  # type: ignore[no-untyped-def]
-    from listen_dist.data.mixture import SampleRef
-
+def places(parts: Parts) -> tuple[list[SampleRef], ...]:
     return [SampleRef(0, 0, 0), SampleRef(0, 0, 1)], [SampleRef(0, 0, 3), SampleRef(1, 0, 0), SampleRef(1, 0, 1)]
 
 

@@ -60,6 +60,13 @@ def test_layers_are_found_beside_more_experts(tmp_path: Path) -> None:
     assert [type(block).__name__ for block in family.expert_blocks(llm)] == ["Qwen3MoeSparseMoeBlock"] * 2
 
 
+def test_an_llm_without_attention_heads_has_a_size(tmp_path: Path) -> None:
+    """A run's summary and the planner ask for it before the first step."""
+    AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=50).save_pretrained(tmp_path)
+    size = llm_size(str(tmp_path))
+    assert (size.layers, size.width, size.vocabulary) == (2, 32, 50) and size.attention_width > 0
+
+
 def test_no_layer_drops_out_while_it_is_recomputed(tiny_world: tiny.Tiny, tmp_path: Path) -> None:
     families.build(tmp_path, "opt")
     losses = []

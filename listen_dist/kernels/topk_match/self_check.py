@@ -36,7 +36,13 @@ def fault(device: torch.device) -> str:
 
 def _results(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
              backend: Backend) -> dict[str, torch.Tensor]:
-    """Outputs and gradients by name, float32."""
+    """Outputs and gradients by name, float32, also where the first user of the kernels decodes without gradients."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return _compute(shape, dtype, device, backend)
+
+
+def _compute(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+             backend: Backend) -> dict[str, torch.Tensor]:
     rows, length, width, count, k = shape
     random = torch.Generator().manual_seed(width)
     context, keys, values, weights = (
