@@ -314,9 +314,11 @@ def _read_av(file: BinaryIO, max_seconds: float, channel: int | None, container_
                     collector = _Collector(frame.sample_rate, len(frame.layout.channels), max_seconds, channel)
                     layout, rate = frame.layout, frame.sample_rate
                 # An SBR header or a chained stream may change both in the middle; the first frame's stay.
-                to_float = av.AudioResampler(format="fltp", layout=layout, rate=rate)
+                # Not a plane for each channel: of eight, PyAV counts nine planes, and the last leads nowhere.
+                to_float = av.AudioResampler(format="flt", layout=layout, rate=rate)
                 for converted in [*to_float.resample(frame), *to_float.resample(None)]:
-                    collector.add(converted.to_ndarray(), promised)
+                    block = converted.to_ndarray().reshape(-1, len(layout.channels)).T
+                    collector.add(np.ascontiguousarray(block), promised)
     if collector is None:
         raise AudioError("holds no samples" if not lost else f"damaged: none of {packets} packets can be decoded")
     if lost > packets // 2:

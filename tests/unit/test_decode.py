@@ -338,3 +338,17 @@ def test_join_has_a_tenth_of_a_second_of_silence() -> None:
     joined = join_utterances(a, b)
     assert joined.dtype == np.float32
     assert (joined == np.concatenate([a, np.zeros(1600), b])).all()
+
+
+@pytest.mark.parametrize("layout", ["mono", "stereo", "5.1", "7.1", "hexadecagonal"])
+def test_channels_that_pyav_reads_are_averaged(layout: str) -> None:
+    channels = len(av.AudioLayout(layout).channels)
+    samples = (8000 * np.random.default_rng(0).uniform(-1, 1, (4000, channels))).astype(np.int16)  # [S, C]
+    file = io.BytesIO()
+    with av.open(file, "w", format="nut") as container:
+        stream = container.add_stream("pcm_s16le", rate=16_000, layout=layout)
+        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="s16", layout=layout)
+        frame.sample_rate = 16_000
+        for part in (frame, None):
+            container.mux(stream.encode(part))
+    np.testing.assert_allclose(decode_audio(file.getvalue()), samples.mean(axis=1) / 32768, atol=1.1 / 65536)
