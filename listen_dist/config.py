@@ -229,7 +229,9 @@ def check(config: Config) -> None:
             get_task(task)
         except ListenError as error:
             raise ConfigError(f"train.task_weights: {error}") from None
-        require(0 < weight < math.inf, f"train.task_weights.{task}", weight, "must be positive and finite")
+        # A list or null passes OmegaConf where it is a value of a dict.
+        require(isinstance(weight, float) and 0 < weight < math.inf, f"train.task_weights.{task}", weight,
+                "must be positive and finite")
     for key, beta in (("train.beta1", train.beta1), ("train.beta2", train.beta2)):
         require(0 <= beta < 1, key, beta, "must be within 0 … 1, 1 excluded")
     require(train.learning_rate > 0, "train.learning_rate", train.learning_rate, "must be positive")

@@ -253,3 +253,10 @@ def test_aliases_of_aliases_are_counted_before_they_are_written_out(tmp_path: Pa
     (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"c\.yaml: its aliases .* stand for more than 100,000 values"):
         configuration.load(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("weight", [[1e-9], None, 0, ".inf"])
+def test_task_weights_are_positive_numbers(tmp_path: Path, weight: object) -> None:
+    path = write(tmp_path, {**tiny.config_tree(tiny.Tiny(tmp_path)), "train": {"task_weights": {"asr": weight}}})
+    with pytest.raises(ConfigError, match=r"train\.task_weights\.asr"):
+        configuration.load(path)
