@@ -15,15 +15,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 
+from listen_dist import exits
 from listen_dist.inference.options import add_model
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m listen_dist.app", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="latest", metavar="DIR", help="export, checkpoint or run folder; "
-                        "`latest` (default): the newest checkpoint below runs/")
+    parser.add_argument("--checkpoint", type=expanduser, default="latest", metavar="DIR",
+                        help="export, checkpoint or run folder; `latest` (default): the newest checkpoint below runs/")
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
                         help="address to listen at (default 127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="default 7860; 0: any free one")
@@ -40,14 +42,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def serve(arguments: argparse.Namespace) -> int:
+    # torch and transformers take seconds, which neither --help nor a wrong option needs.
+    from listen_dist.inference import serving
+
+    return serving.run(arguments)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; the exit code."""
-    arguments = parse_arguments(argv)
     try:
-        # torch and transformers take seconds, which neither --help nor a wrong option needs.
-        from listen_dist.inference import serving
-
-        return serving.run(arguments)
+        return exits.run(lambda: serve(parse_arguments(argv)), "Lower --max-seconds")
     except KeyboardInterrupt:
         return 0
 

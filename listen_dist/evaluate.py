@@ -10,6 +10,7 @@ after an interruption, it goes on where it was.
 from __future__ import annotations
 
 import sys
+from os.path import expanduser
 from pathlib import Path
 
 # A launched script's own folder comes first on sys.path and would shadow other packages' modules. The folder above
@@ -19,12 +20,16 @@ sys.path[:] = [str(Path(__file__).resolve().parents[1]),
 
 import argparse
 
+from listen_dist.command_line import ConfigParser
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file, e.g. the config.yaml of a run folder")
-    parser.add_argument("--checkpoint", help="checkpoint, export or run folder (default: the newest of run_dir)")
-    parser.add_argument("--out", help="where results go (default: run_dir)")
+    parser = ConfigParser(description=__doc__)
+    parser.add_argument("--config", type=expanduser, required=True,
+                        help="YAML file, e.g. the config.yaml of a run folder")
+    parser.add_argument("--checkpoint", type=expanduser,
+                        help="checkpoint, export or run folder (default: the newest of run_dir)")
+    parser.add_argument("--out", type=expanduser, help="where results go (default: run_dir)")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not used")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, e.g. eval.beams=4")
     return parser
@@ -41,17 +46,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from listen_dist import config as configuration
-from listen_dist import dist, logs
+from listen_dist import dist, exits, logs
 from listen_dist.data.decode import AudioError
-from listen_dist.data.loader import LoaderError
 from listen_dist.data.shards import ShardError
 from listen_dist.engine import checkpoint, exports
 from listen_dist.engine.assembly import Parts, assemble, with_pool_tasks
 from listen_dist.engine.run_lock import RunLock
-from listen_dist.errors import ListenError, print_in_any_locale
+from listen_dist.errors import print_in_any_locale
 from listen_dist.evaluation import predictions as files
 from listen_dist.evaluation import report
 from listen_dist.evaluation.decoding import Decoder, check_ids
@@ -192,22 +194,11 @@ def evaluate(arguments: argparse.Namespace, config: Config) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; a known mistake ends it with one line instead of a traceback."""
-    code = 1
     print_in_any_locale()
+    code = exits.FAULT
     try:
-        code = evaluate(*parse_arguments(argv))
-    except (ListenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
-    except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]} Lower eval.batch_tokens or eval.beams, or set eval.llm=sharded",
-              file=sys.stderr, flush=True)
-        code = 2
-    except RuntimeError as error:
-        if not (died := LoaderError.of(error)):
-            raise
-        print(f"error: {died}", file=sys.stderr, flush=True)
-        code = 2
+        code = exits.run(lambda: evaluate(*parse_arguments(argv)),
+                         "Lower eval.batch_tokens or eval.beams, or set eval.llm=sharded")
     finally:
         dist.shutdown(failed=code != 0)
     return code

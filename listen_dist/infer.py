@@ -10,8 +10,8 @@ Any format that soundfile or PyAV (FFmpeg) decodes, any rate, any number of chan
 encoder's window are cut in pauses for `asr`; other tasks refuse them.
 
 Exit codes: 0 all files answered; 1 some files could not be used, each is named on stderr and the others'
-answers are printed; 2 wrong usage, no usable checkpoint or frozen model, stdout can't be written (disk full, no
-permission); 130 interrupted by Ctrl-C, the answers until then are printed.
+answers are printed; 2 wrong usage, no usable checkpoint or frozen model, out of memory, stdout can't be written (disk
+full, no permission); 130 interrupted by Ctrl-C, the answers until then are printed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 
+from listen_dist import exits
 from listen_dist.errors import ListenError, print_in_any_locale
 from listen_dist.inference.options import add_model
 from listen_dist.tasks import TASKS, get_task
@@ -30,8 +32,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="audio file, folder (searched at all depths), or - "
                         "for the bytes of one file on stdin; two recordings a question for speaker_verification")
-    parser.add_argument("--checkpoint", default="latest", metavar="DIR", help="export, checkpoint or run folder; "
-                        "`latest` (default): the newest checkpoint below runs/")
+    parser.add_argument("--checkpoint", type=expanduser, default="latest", metavar="DIR",
+                        help="export, checkpoint or run folder; `latest` (default): the newest checkpoint below runs/")
     parser.add_argument("--task", metavar="NAME",
                         help=f"{', '.join(TASKS)} (default asr; speech_qa with --instruction)")
     parser.add_argument("--instruction", default="", metavar="TEXT", help="a question of your own")
@@ -75,15 +77,18 @@ def check(arguments: argparse.Namespace) -> None:
         raise ListenError("-: stdin can be read once only")
 
 
+def listen(arguments: argparse.Namespace) -> int:
+    # torch and transformers take seconds, which neither --help nor a wrong option needs.
+    from listen_dist.inference import shell
+
+    return shell.run(arguments)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; the exit code."""
     print_in_any_locale()
-    arguments = parse_arguments(argv)
     try:
-        # torch and transformers take seconds, which neither --help nor a wrong option needs.
-        from listen_dist.inference import shell
-
-        return shell.run(arguments)
+        return exits.run(lambda: listen(parse_arguments(argv)), "Lower --batch-tokens")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

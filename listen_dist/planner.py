@@ -15,10 +15,12 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from os.path import expanduser
 from typing import Any
 
 from listen_dist import config as configuration
-from listen_dist.errors import ListenError
+from listen_dist import exits
+from listen_dist.command_line import ConfigParser
 from listen_dist.model_sizes import BEATS_HEADS, LLMSize, Sizes, sizes_of, window_frames
 from listen_dist.schema import Config, ConfigError
 from listen_dist.structures import ENCODER_RATE
@@ -331,8 +333,8 @@ def overview(config: Config, sizes: Sizes, clusters: Sequence[Cluster], limit: f
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser = ConfigParser(description=__doc__)
+    parser.add_argument("--config", type=expanduser, required=True, help="YAML file, see configs/")
     parser.add_argument("--gpus", required=True, metavar="N[,N…]", help="ranks; several numbers give a brief table")
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GiB")
@@ -348,21 +350,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; a known mistake ends it with one line."""
-    options = parse_arguments(argv)
-    try:
-        clusters = []
-        for word in options.gpus.split(","):
-            ranks = int(word) if word.isdecimal() else 0
-            per_node = min(ranks, options.gpus_per_node)
-            if per_node < 1 or ranks % per_node:
-                raise ConfigError(f"--gpus {word}: must be a multiple of --gpus-per-node {options.gpus_per_node}")
-            clusters.append(Cluster(ranks, per_node, options.tflops, options.node_link, options.network))
-        config = configuration.load(options.config, options.overrides)
-        sizes = sizes_of(config)
-    except (ListenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the command; the exit code."""
+    return exits.run(lambda: plan(parse_arguments(argv)))
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Print what the config needs on the clusters that are asked about."""
+    clusters = []
+    for word in options.gpus.split(","):
+        ranks = int(word) if word.isdecimal() else 0
+        per_node = min(ranks, options.gpus_per_node)
+        if per_node < 1 or ranks % per_node:
+            raise ConfigError(f"--gpus {word}: must be a multiple of --gpus-per-node {options.gpus_per_node}")
+        clusters.append(Cluster(ranks, per_node, options.tflops, options.node_link, options.network))
+    config = configuration.load(options.config, options.overrides)
+    sizes = sizes_of(config)
     limit = (options.gpu_memory - options.reserve) * GIB
     if options.json:
         print(json.dumps({str(cluster.ranks): report(config, sizes, cluster, limit) for cluster in clusters}, indent=1))
@@ -370,7 +372,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(config, sizes, clusters[0], limit))
     else:
         print(overview(config, sizes, clusters, limit))
-    return 0
 
 
 if __name__ == "__main__":

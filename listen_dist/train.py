@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import sys
+from os.path import expanduser
 from pathlib import Path
 
 # A launched script's own folder comes first on sys.path and would shadow other packages' modules. The folder above
@@ -23,10 +24,12 @@ if __name__ == "__main__":
 
 import argparse
 
+from listen_dist.command_line import ConfigParser
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser = ConfigParser(description=__doc__)
+    parser.add_argument("--config", type=expanduser, required=True, help="YAML file, see configs/")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not used")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, e.g. train.max_steps=50")
     return parser
@@ -34,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     # Before torch is imported, which takes seconds: --help and a wrong option are answered at once.
-    build_parser().parse_args()
+    build_parser().parse_intermixed_args()
 
 import json
 import logging
@@ -47,8 +50,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from listen_dist import config as configuration
-from listen_dist import dist, logs, tracking
-from listen_dist.data.loader import LoaderError, find_filler, training_steps
+from listen_dist import dist, exits, logs, tracking
+from listen_dist.data.loader import find_filler, training_steps
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.shards import ShardError
 from listen_dist.data.sources import hosts_of
@@ -61,20 +64,23 @@ from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.engine.run_lock import RunLock
 from listen_dist.engine.saver import Saver
-from listen_dist.engine.signals import LOST_CONTACT, RESUMABLE, StopRequest
+from listen_dist.engine.signals import StopRequest
 from listen_dist.engine.start_up import StartUp
 from listen_dist.engine.step import NonFiniteError, StepResult, train_step
 from listen_dist.engine.warm_start import fit_last_layer
 from listen_dist.engine.watchdog import Watchdog
-from listen_dist.errors import ListenError
 from listen_dist.evaluation.decoding import check_ids
 from listen_dist.evaluation.dev import DevHistory, evaluate_dev
+from listen_dist.exits import RESUMABLE
 from listen_dist.model_sizes import Sizes, count, llm_size
 from listen_dist.planner import Cluster, plan_memory
 from listen_dist.schema import Config, ConfigError
 from listen_dist.structures import Batch, LoaderState
 
 logger = logging.getLogger("listen_dist.train")
+
+MEMORY_CURE = ("Lower data.batch_tokens or set model.checkpointing=true; `python -m listen_dist.planner` says what a "
+               "config needs")
 
 
 @dataclass
@@ -105,7 +111,7 @@ class Run:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Config:
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_intermixed_args(argv)
     return configuration.load(arguments.config, arguments.overrides)
 
 
@@ -431,30 +437,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; a known mistake ends it with one line instead of a traceback.
 
     Returns:
-        0 finished, 2 a known mistake or a dead loader process, RESUMABLE stopped by a signal, LOST_CONTACT another
-        rank is gone.
+        the exit code (see `exits`); RESUMABLE: stopped by a signal.
     """
-    code = 1
+    code = exits.FAULT
     with StopRequest() as stop:
         try:
-            code = run_program(parse_arguments(argv), stop)
-        except (ListenError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            code = 2
-        except torch.OutOfMemoryError as error:
-            print(f"error: {str(error).splitlines()[0]} Lower data.batch_tokens or set model.checkpointing=true; "
-                  "`python -m listen_dist.planner` says what a config needs", file=sys.stderr, flush=True)
-            code = 2
-        except Exception as error:
-            if died := LoaderError.of(error):
-                print(f"error: {died}", file=sys.stderr, flush=True)
-                code = 2
-            elif dist.lost_contact(error):
-                print(f"error: a collective failed ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
-                code = LOST_CONTACT
-            else:
-                print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)  # slurm/ looks for it
-                raise
+            code = exits.run(lambda: run_program(parse_arguments(argv), stop), MEMORY_CURE)
         finally:
             dist.shutdown(failed=code not in (0, RESUMABLE))
     return code

@@ -32,8 +32,9 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ import webdataset
 from torch.utils.data import DataLoader, Dataset
 
 from listen_dist import config as configuration
+from listen_dist import exits
+from listen_dist.command_line import ConfigParser
 from listen_dist.data.collate import Prepared, collate
 from listen_dist.data.decode import decode_audio
 from listen_dist.data.features import LogMel
@@ -327,9 +330,14 @@ def machine() -> str:
             f"torch {torch.__version__}, webdataset {webdataset.__version__}; {time.strftime('%Y-%m-%d')}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/quickstart.yaml")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the exit code."""
+    return exits.run(lambda: measure(parse_arguments(argv)))
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ConfigParser(description=__doc__)
+    parser.add_argument("--config", type=expanduser, default="configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each pipeline (default 15)")
@@ -340,7 +348,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000, help="samples a made-up shard (default 1000)")
     parser.add_argument("--memory", type=int, metavar="BATCHES", help="instead: memory over so many small batches")
     parser.add_argument("--workers", type=int, default=0, help="loader processes of --memory (default 0)")
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure what is asked for, and print the figures."""
     torch.set_num_threads(1)
     if options.scale:
         print(json.dumps({"machine": machine(), "summary": measure_scale(options.scale, options.rows)}, indent=1))
@@ -367,4 +379,4 @@ def report(rows: list[dict[str, float | str]], summary: dict[str, Any], as_json:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

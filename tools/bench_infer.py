@@ -22,16 +22,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from os.path import expanduser
 
 import numpy as np
 import torch
 
-from listen_dist import Listener
+from listen_dist import Listener, exits
+from listen_dist.command_line import user_path
 from listen_dist.data.collate import collate
 from listen_dist.data.decode import decode_audio
 from listen_dist.data.manifest import read_manifest
-from listen_dist.errors import ListenError
 from listen_dist.inference.listener import Ask
 from listen_dist.structures import SAMPLE_RATE
 
@@ -129,8 +129,8 @@ def table(rows: Sequence[Row]) -> str:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="export, checkpoint or run folder")
-    parser.add_argument("--manifest", required=True, type=Path, help="manifest of `asr` clips")
+    parser.add_argument("--checkpoint", type=expanduser, required=True, help="export, checkpoint or run folder")
+    parser.add_argument("--manifest", required=True, type=user_path, help="manifest of `asr` clips")
     parser.add_argument("--clips", type=int, default=32, help="clips of it, evenly spread (default 32)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -138,24 +138,23 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; a known mistake ends it with one line instead of a traceback."""
-    arguments = parse_arguments(argv)
-    try:
-        records = list(read_manifest(arguments.manifest))
-        records = records[:: max(1, len(records) // arguments.clips)][: arguments.clips]
-        waves = [decode_audio(record.audio[0]) for record in records]
-        listener = Listener.from_checkpoint(arguments.checkpoint, device=arguments.device)
-        bench = Bench(listener, waves, [record.answers[0] for record in records])
-        with torch.inference_mode():
-            rows = [bench.measure("padded", 1), *(bench.measure("batched", batch) for batch in BATCHES)]
-    except (ListenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the benchmark; the exit code."""
+    return exits.run(lambda: measure_all(parse_arguments(argv)))
+
+
+def measure_all(arguments: argparse.Namespace) -> None:
+    """Measure each way on the same clips and print the figures."""
+    records = list(read_manifest(arguments.manifest))
+    records = records[:: max(1, len(records) // arguments.clips)][: arguments.clips]
+    waves = [decode_audio(record.audio[0]) for record in records]
+    listener = Listener.from_checkpoint(arguments.checkpoint, device=arguments.device)
+    bench = Bench(listener, waves, [record.answers[0] for record in records])
+    with torch.inference_mode():
+        rows = [bench.measure("padded", 1), *(bench.measure("batched", batch) for batch in BATCHES)]
     result = {"device": str(listener.parts.model.device), "threads": torch.get_num_threads(), "clips": len(waves),
               "seconds": sum(map(len, waves)) / SAMPLE_RATE, "dtype": listener.config.model.dtype,
               "rows": [asdict(row) for row in rows], "summary": summary(rows)}
     print(json.dumps(result, indent=1) if arguments.json else f"{table(rows)}\n{result['summary']}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,7 +38,8 @@ import torch.distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from listen_dist import config as configuration
-from listen_dist import dist
+from listen_dist import dist, exits
+from listen_dist.command_line import ConfigParser, user_path
 from listen_dist.data.loader import find_filler, training_steps
 from listen_dist.engine import sharding
 from listen_dist.engine.assembly import Parts, assemble
@@ -45,7 +47,6 @@ from listen_dist.engine.optim import build_optimizer
 from listen_dist.engine.replicated import ReplicatedTrainables
 from listen_dist.engine.step import train_step
 from listen_dist.engine.zero3 import Zero3
-from listen_dist.errors import ListenError
 from listen_dist.model_sizes import sizes_of
 from listen_dist.models.llm import has_compiler
 from listen_dist.planner import Cluster, plan_step
@@ -255,31 +256,30 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser = ConfigParser(description=__doc__)
+    parser.add_argument("--config", type=expanduser, default="configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="numbers of ranks (default 2 and 4)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each layout (default 6)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=user_path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; a known mistake ends it with one line instead of a traceback."""
-    options = parse_arguments(argv)
-    try:
-        config = configuration.load(options.config, options.overrides)
-        if options.out:
-            work(config, options.steps, options.out)
-            return 0
-        rows = [row for ranks in options.ranks for row in launch(options, ranks)]
-    except (ListenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the benchmark; the exit code."""
+    return exits.run(lambda: measure(parse_arguments(argv)))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """As one of the ranks: its share of the work. Otherwise: launch them, and print the figures."""
+    config = configuration.load(options.config, options.overrides)
+    if options.out:
+        work(config, options.steps, options.out)
+        return
+    rows = [row for ranks in options.ranks for row in launch(options, ranks)]
     print(json.dumps({"threads_a_rank": 1, "rows": rows}, indent=1) if options.json else report(rows))
-    return 0
 
 
 if __name__ == "__main__":

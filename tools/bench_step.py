@@ -36,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ import torch
 import transformers
 
 from listen_dist import config as configuration
-from listen_dist import dist
-from listen_dist.errors import ListenError
+from listen_dist import dist, exits
+from listen_dist.command_line import ConfigParser
 from listen_dist.model_sizes import Sizes
 from listen_dist.models.llm import DTYPES, has_compiler
 from listen_dist.planner import Cluster, plan_memory
@@ -198,8 +199,8 @@ def note(text: str) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser = ConfigParser(description=__doc__)
+    parser.add_argument("--config", type=expanduser, default="configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--quick", action="store_true", help="a few clips, one round")
@@ -218,15 +219,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; a known mistake ends it with one line instead of a traceback."""
-    options = parse_arguments(argv)
-    try:
-        result = run(options)
-    except (ListenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the benchmark; the exit code."""
+    return exits.run(lambda: show(parse_arguments(argv)))
+
+
+def show(options: argparse.Namespace) -> None:
+    """Measure, and print the figures."""
+    result = run(options)
     print(json.dumps(result, indent=1) if options.json else report(result))
-    return 0
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

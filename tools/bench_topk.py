@@ -24,12 +24,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
+from listen_dist import exits
 from listen_dist.kernels.topk_match.op import topk_match
 from listen_dist.kernels.topk_match.plan import forward_plan
 from listen_dist.kernels.topk_match.reference import topk_match_reference
@@ -279,18 +280,28 @@ def table_line(row: Row) -> str:
     return f"{shape:32} {row.launches} launches  {row.bytes / 1e6:10.2f} MB  limit {row.share or 0:6.1%}  {times}"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the exit code."""
+    return exits.run(lambda: bench(parse_arguments(argv)))
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="two small shapes")
     parser.add_argument("--json", action="store_true", help="rows and summary on standard output")
     parser.add_argument("--budget", type=float, default=540, help="seconds after which rows are left out")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU here; --device cpu --quick times the reference alone")
     if not args.quick and args.device == "cpu":
         parser.error("the whole table is for a GPU; add --quick")
+    return args
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Time the rows, print table and summary; 1 where a row failed."""
     start = time.monotonic()
     dtype = getattr(torch, args.dtype)
     torch._dynamo.config.recompile_limit = 64

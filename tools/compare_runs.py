@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from listen_dist import exits
+from listen_dist.command_line import user_path
 from listen_dist.errors import ListenError
 from listen_dist.evaluation.bootstrap import compare
 from listen_dist.evaluation.predictions import Prediction, read_predictions
@@ -27,19 +29,23 @@ from listen_dist.evaluation.scoring import is_count, lower_is_better, score_task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; the exit code."""
+    return exits.run(lambda: show(parse_arguments(argv)))
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("a", type=Path, help="run folder or predictions file")
-    parser.add_argument("b", type=Path)
+    parser.add_argument("a", type=user_path, help="run folder or predictions file")
+    parser.add_argument("b", type=user_path)
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="compare these alone (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args(argv)
-    try:
-        found = compare_runs(options.a, options.b, options.tasks)
-    except (ListenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser.parse_args(argv)
+
+
+def show(options: argparse.Namespace) -> None:
+    """Compare the two runs and print what was found."""
+    found = compare_runs(options.a, options.b, options.tasks)
     print(json.dumps(found, indent=1) if options.json else table(found))
-    return 0
 
 
 def compare_runs(a: Path, b: Path, tasks: Sequence[str] = ()) -> dict[str, dict[str, Any]]:

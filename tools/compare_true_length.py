@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from pathlib import Path
+import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from listen_dist import exits
+from listen_dist.command_line import user_path
 from listen_dist.data.decode import decode_audio
 from listen_dist.data.features import LogMel
 from listen_dist.data.manifest import read_manifest
@@ -24,14 +27,19 @@ from listen_dist.models.encoders import load_speech_encoder
 from listen_dist.structures import SAMPLE_RATE
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; the exit code."""
+    return exits.run(lambda: compare(argv))
+
+
+def compare(argv: Sequence[str] | None) -> None:
     """Parse the command line, compare, print a line of figures (JSON with --json)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("manifest", type=Path)
+    parser.add_argument("manifest", type=user_path)
     parser.add_argument("encoder", help="Whisper folder or name")
     parser.add_argument("--clips", type=int, default=20)
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     encoder, log_mel = load_speech_encoder(options.encoder, torch.float32), LogMel.from_pretrained(options.encoder)
     relative, cosines = [], []
     for record in itertools.islice(read_manifest(options.manifest), options.clips):
@@ -48,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from listen_dist import config as configuration
-from listen_dist import logs
+from listen_dist import exits, logs
+from listen_dist.command_line import ConfigParser, user_path
 from listen_dist.data.manifest import file_sha256
 from listen_dist.data.schedule import SampleRef
 from listen_dist.data.shards import ShardError, ShardIndex
@@ -33,37 +35,32 @@ from listen_dist.errors import ListenError
 from listen_dist.evaluation.predictions import Prediction
 from listen_dist.evaluation.results import code_commit, score_and_write, versions
 from listen_dist.models.encoders import check_model_folder
-from listen_dist.schema import Config, ConfigError, SetConfig
+from listen_dist.schema import ConfigError, SetConfig
 from listen_dist.structures import SAMPLE_RATE, AudioSample, SkippedSample
 
 TASK = "asr"
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file, e.g. configs/quickstart.yaml")
+    parser = ConfigParser(description=__doc__)
+    parser.add_argument("--config", type=expanduser, required=True, help="YAML file, e.g. configs/quickstart.yaml")
     parser.add_argument("--split", choices=("dev", "test"), default="test")
-    parser.add_argument("--out", required=True, type=Path, help="where results go")
+    parser.add_argument("--out", required=True, type=user_path, help="where results go")
     parser.add_argument("--batch", type=int, default=16, help="clips decoded at once (default 16)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, e.g. model.speech_encoder=…")
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; a known mistake ends it with one line instead of a traceback."""
-    arguments = parse_arguments(argv)
-    logs.setup()
-    try:
-        config = configuration.load(arguments.config, arguments.overrides)
-        evaluate(config, arguments.split, arguments.out, arguments.batch)
-        return 0
-    except (ListenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    """Run the program; the exit code."""
+    return exits.run(lambda: evaluate(parse_arguments(argv)), "Lower --batch")
 
 
-def evaluate(config: Config, split: str, out: Path, batch: int) -> None:
+def evaluate(arguments: argparse.Namespace) -> None:
     """Decode and score the split's transcription clips."""
+    logs.setup()
+    config = configuration.load(arguments.config, arguments.overrides)
+    split, out, batch = arguments.split, arguments.out, arguments.batch
     sets: list[SetConfig] = getattr(config.data, split)
     indexes = [index for index in (ShardIndex.load(entry.path, config.data) for entry in sets) if TASK in index.tasks]
     if not indexes:

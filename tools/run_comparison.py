@@ -28,6 +28,8 @@ from safetensors import safe_open
 from scipy import stats
 
 from listen_dist import config as configuration
+from listen_dist import exits
+from listen_dist.command_line import ConfigParser, user_path
 from listen_dist.errors import ListenError
 from listen_dist.schema import Config, ConfigError
 
@@ -211,11 +213,11 @@ def _cell(entry: dict[str, Any] | None) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ConfigParser(description=__doc__)
     parser.add_argument("words", nargs="+", metavar="CONFIG or key=value", help="configs, and overrides for all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--top-k", type=int, nargs="+", default=[], help="score once more with these k")
-    parser.add_argument("--out", type=Path, default=Path("runs/comparison"))
+    parser.add_argument("--out", type=user_path, default=Path("runs/comparison"))
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--table-only", action="store_true", help="run nothing; tabulate what is there")
     parser.add_argument("--json", action="store_true", help="print comparison.json instead of the table")
@@ -223,28 +225,28 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
+    """Run the tool; the exit code."""
+    return exits.run(lambda: compare(parse_arguments(argv)))
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Do the runs that are not done, and write the table."""
     files = [Path(word) for word in arguments.words if "=" not in word]
     overrides = tuple(word for word in arguments.words if "=" in word)
     jobs = [Job(file, seed, arguments.out, overrides) for file in files for seed in arguments.seeds]
     variants = [Variant(file.stem, file) for file in files]
     variants += [Variant(f"{file.stem}, k = {k}", file, k) for file in files for k in arguments.top_k]
-    try:
-        for job in jobs:
-            job.config()  # a mistake in the last config shows before the first run
-        if len({file.stem for file in files}) < len(files):
-            raise ConfigError("two configs have the same file name; their runs would go to one folder")
-        for job in () if arguments.table_only else jobs:
-            run_job(job, arguments.top_k, arguments.ranks)
-        table = collect(variants, jobs)
-    except (ListenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for job in jobs:
+        job.config()  # a mistake in the last config shows before the first run
+    if len({file.stem for file in files}) < len(files):
+        raise ConfigError("two configs have the same file name; their runs would go to one folder")
+    for job in () if arguments.table_only else jobs:
+        run_job(job, arguments.top_k, arguments.ranks)
+    table = collect(variants, jobs)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "comparison.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     (arguments.out / "comparison.md").write_text(markdown(table), encoding="utf-8")
     print(json.dumps(table, indent=1) if arguments.json else markdown(table))
-    return 0
 
 
 if __name__ == "__main__":

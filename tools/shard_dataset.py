@@ -21,42 +21,43 @@ from __future__ import annotations
 
 import argparse
 import sys
-from concurrent.futures.process import BrokenProcessPool
+from os.path import expanduser
 from pathlib import Path
 
 from shard_build import BuildOptions, build
 from shard_stats import plot, print_stats, verify_all
 
+from listen_dist import exits
+from listen_dist.command_line import user_path
 from listen_dist.data.shards import ShardIndex
 from listen_dist.errors import ListenError
 
 
-def main() -> None:
-    """Parse the command line and do what it says."""
-    options = _parse()
-    try:
-        if options.manifests:
-            settings = BuildOptions(
-                shard_seconds=0.0 if options.shard_mb else options.shard_seconds,
-                max_seconds=options.max_seconds,
-                speech_encoder=options.speech_encoder if options.features else None,
-                shard_bytes=int(options.shard_mb * 1e6),
-                audio_encoder=options.audio_encoder,
-            )
-            indexes = build(_sets(options), settings, options.workers, options.overwrite)
-        else:
-            indexes = [ShardIndex.load(options.out)]
-        for index in indexes:
-            if options.verify:
-                verify_all(index, options.max_seconds)
-            if options.stats:
-                print_stats(index)
-            if options.plot:
-                plot(index, options.plot)
-    except BrokenProcessPool:
-        sys.exit("error: a worker process died (out of memory?); run again with fewer --workers to go on")
-    except (ListenError, OSError) as error:
-        sys.exit(f"error: {error}")
+def main() -> int:
+    """Run the tool; the exit code."""
+    return exits.run(lambda: work(_parse()))
+
+
+def work(options: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    if options.manifests:
+        settings = BuildOptions(
+            shard_seconds=0.0 if options.shard_mb else options.shard_seconds,
+            max_seconds=options.max_seconds,
+            speech_encoder=options.speech_encoder if options.features else None,
+            shard_bytes=int(options.shard_mb * 1e6),
+            audio_encoder=options.audio_encoder,
+        )
+        indexes = build(_sets(options), settings, options.workers, options.overwrite)
+    else:
+        indexes = [ShardIndex.load(options.out)]
+    for index in indexes:
+        if options.verify:
+            verify_all(index, options.max_seconds)
+        if options.stats:
+            print_stats(index)
+        if options.plot:
+            plot(index, options.plot)
 
 
 def _sets(options: argparse.Namespace) -> dict[Path, list[Path]]:
@@ -74,8 +75,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("manifests", type=Path, nargs="*", help="JSON lines, one sample a line")
-    parser.add_argument("out", help="folder for the shards (made if missing)")
+    parser.add_argument("manifests", type=user_path, nargs="*", help="JSON lines, one sample a line")
+    parser.add_argument("out", type=expanduser, help="folder for the shards (made if missing)")
     parser.add_argument(
         "--separate",
         action="store_true",
@@ -92,13 +93,14 @@ def _parse() -> argparse.Namespace:
         "--features", choices=["speech", "speech,audio"], help="also store the frozen encoders' frames"
     )
     parser.add_argument(
-        "--speech-encoder", metavar="DIR", help="Whisper folder or name, with --features"
+        "--speech-encoder", type=expanduser, metavar="DIR", help="Whisper folder or name, with --features"
     )
-    parser.add_argument("--audio-encoder", metavar="FILE", help="BEATs checkpoint, with --features speech,audio")
+    parser.add_argument("--audio-encoder", type=expanduser, metavar="FILE",
+                        help="BEATs checkpoint, with --features speech,audio")
     parser.add_argument("--overwrite", action="store_true", help="replace shards of other input in OUT")
     parser.add_argument("--verify", action="store_true", help="check hashes, decode every sample")
     parser.add_argument("--stats", action="store_true", help="print hours, tasks, languages, lengths")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw lengths and hours by task (png, pdf, svg)")
+    parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw lengths and hours by task (png, pdf, svg)")
     options = parser.parse_args()
     if bool(options.features) != bool(options.speech_encoder):
         parser.error("--features and --speech-encoder DIR go together")
@@ -116,4 +118,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

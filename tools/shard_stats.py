@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from listen_dist.data.shard_members import ShardError, Want
 from listen_dist.data.shards import FEATURES_VERSION, ShardIndex
+from listen_dist.errors import ListenError
 from listen_dist.structures import SAMPLE_RATE, AudioSample
 
 _EDGES = [0, 1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 1e9]
@@ -87,7 +88,7 @@ def plot(index: ShardIndex, path: Path) -> None:
     """Draw the lengths, stacked by task, and the hours of each task into a png, pdf or svg.
 
     Raises:
-        ValueError: another kind of file.
+        ListenError: another kind of file.
     """
     seconds, tasks = _columns(index)
     names = sorted(index.tasks)
@@ -99,7 +100,10 @@ def plot(index: ShardIndex, path: Path) -> None:
     lengths.legend()
     hours.barh(names, [group.sum() / 3600 for group in groups], color=[f"C{i}" for i in range(len(names))])
     hours.set(xlabel="hours", title=str(index.folder)[-40:])
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise ListenError(f"--plot {path}: {error}") from None
     print(f"{index.folder}: drawn in {path}")
 
 

@@ -45,32 +45,13 @@ from listen_dist.data.schedule import TokenCost, plan_batches, plan_once
 from listen_dist.data.shard_members import PackedSample, ShardError, Want
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
-from listen_dist.errors import ListenError
+from listen_dist.errors import ListenError, LoaderError
 from listen_dist.schema import DataConfig
 from listen_dist.structures import SAMPLE_RATE, AudioSample, Batch, LoaderState, Record, SkippedSample
 from listen_dist.tasks import choices_for, target_for
 
 T = TypeVar("T")
 U = TypeVar("U")
-
-_DEATH = re.compile(r"DataLoader worker .*(killed|exited)")
-
-
-class LoaderError(ListenError):
-    """A loader process died; the message says how, and what to try."""
-
-    @classmethod
-    def of(cls, error: Exception) -> LoaderError | None:
-        """What torch says when a loader process died, said in full; None for any other error.
-
-        Torch may say so by a signal, wherever the program just is.
-        """
-        if isinstance(error, cls):
-            return error
-        if not _DEATH.search(str(error)):
-            return None
-        return cls(f"{error}\nA loader process died. Killed by signal 9 mostly means that memory ran out: lower "
-                   "data.workers or data.batch_tokens")
 
 
 @dataclass(frozen=True)

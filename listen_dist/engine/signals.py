@@ -18,12 +18,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from listen_dist.exits import RESUMABLE
+
 logger = logging.getLogger(__name__)
 
-RESUMABLE = os.EX_TEMPFAIL
-"""Exit code 75: stopped on request; the same command goes on from the last checkpoint."""
-LOST_CONTACT = os.EX_PROTOCOL
-"""Exit code 76: another rank died or did not answer in time; starting again may help."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 GRACE = 3.0
 

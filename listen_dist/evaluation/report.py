@@ -28,7 +28,8 @@ import soundfile
 import torch
 
 from listen_dist import config as configuration
-from listen_dist import dist, logs, tracking
+from listen_dist import dist, exits, logs, tracking
+from listen_dist.command_line import user_path
 from listen_dist.data.loader import BatchReader
 from listen_dist.data.schedule import SampleRef
 from listen_dist.engine import checkpoint
@@ -343,32 +344,32 @@ def write(run: Evaluated, data: dict[str, Any]) -> Path:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, type=Path, help="run folder with results.json")
+    parser.add_argument("--run", required=True, type=user_path, help="run folder with results.json")
     parser.add_argument("--clips", type=int, default=3, help="single clips shown for each task (default 3)")
     parser.add_argument("--queries", type=int, default=100, help="clips of each task on the map (default 100)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; a known mistake ends it with one line instead of a traceback."""
-    arguments = parse_arguments(argv)
+    """Run the program; the exit code."""
     try:
-        run = read_run(arguments.run)
-        alone = replace(run.config, device="cpu", parallel=replace(run.config.parallel, llm="replicated"))
-        parts = assemble(alone, torch.device("cpu"))
-        path = checkpoint.resolve(Path(run.results["checkpoint"]))
-        checkpoint.read_state(path)
-        checkpoint.load_trainables(path, parts.model.trainable)
-        parts.model.eval()
-        page = make(run, parts, arguments.clips, arguments.queries)
-        written = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-        print(f"{written['verdict']['words']}\n{page}")
-        return 0
-    except (ListenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return exits.run(lambda: report(parse_arguments(argv)))
     finally:
         dist.shutdown()
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Open the pool of a run folder again."""
+    run = read_run(arguments.run)
+    alone = replace(run.config, device="cpu", parallel=replace(run.config.parallel, llm="replicated"))
+    parts = assemble(alone, torch.device("cpu"))
+    path = checkpoint.resolve(Path(run.results["checkpoint"]))
+    checkpoint.read_state(path)
+    checkpoint.load_trainables(path, parts.model.trainable)
+    parts.model.eval()
+    page = make(run, parts, arguments.clips, arguments.queries)
+    written = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    print(f"{written['verdict']['words']}\n{page}")
 
 
 if __name__ == "__main__":

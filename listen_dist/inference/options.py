@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from os.path import expanduser
 
 
 def add_frozen_models(parser: argparse.ArgumentParser) -> None:
     """Where the frozen models lie on this machine."""
-    parser.add_argument("--llm", metavar="DIR", help="where the LLM lies here, if not where it was in training")
-    parser.add_argument("--speech-encoder", metavar="DIR", help="the same for the speech encoder")
-    parser.add_argument("--audio-encoder", metavar="FILE", help="the same for the audio encoder, if it has one")
+    parser.add_argument("--llm", type=expanduser, metavar="DIR",
+                        help="where the LLM lies here, if not where it was in training")
+    parser.add_argument("--speech-encoder", type=expanduser, metavar="DIR", help="the same for the speech encoder")
+    parser.add_argument("--audio-encoder", type=expanduser, metavar="FILE",
+                        help="the same for the audio encoder, if it has one")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import uvicorn
 
 from listen_dist.engine import exports
-from listen_dist.errors import ListenError
 from listen_dist.inference import page
 from listen_dist.inference.listener import Listener
 from listen_dist.inference.shell import newest_below
@@ -23,21 +22,17 @@ LOOPBACK = frozenset(("127.0.0.1", "localhost", "[::1]"))
 
 def run(arguments: argparse.Namespace) -> int:
     """Load the model and serve the page until the program is stopped; the exit code."""
-    try:
-        path = newest_below(Path("runs")) if arguments.checkpoint == "latest" else Path(arguments.checkpoint)
-        folder = exports.resolve(path)
-        listening = _listen(arguments.host, arguments.port)  # a port that is taken is known before anything is loaded
-        listener = Listener.from_checkpoint(
-            folder, device=arguments.device, dtype=arguments.dtype, top_k=arguments.top_k, llm=arguments.llm,
-            speech_encoder=arguments.speech_encoder, audio_encoder=arguments.audio_encoder)
-        max_bytes = int(arguments.max_megabytes * 2**20)
-        local = arguments.host in ("127.0.0.1", "localhost", "::1")
-        served = page.Served(_name(folder), known_usage(folder, listener.config.pool), arguments.max_seconds, max_bytes,
-                             LOOPBACK if local else None)
-        uploads = Uploads(max_bytes)
-    except (ListenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path = newest_below(Path("runs")) if arguments.checkpoint == "latest" else Path(arguments.checkpoint)
+    folder = exports.resolve(path)
+    listening = _listen(arguments.host, arguments.port)  # a port that is taken is known before anything is loaded
+    listener = Listener.from_checkpoint(
+        folder, device=arguments.device, dtype=arguments.dtype, top_k=arguments.top_k, llm=arguments.llm,
+        speech_encoder=arguments.speech_encoder, audio_encoder=arguments.audio_encoder)
+    max_bytes = int(arguments.max_megabytes * 2**20)
+    local = arguments.host in ("127.0.0.1", "localhost", "::1")
+    served = page.Served(_name(folder), known_usage(folder, listener.config.pool), arguments.max_seconds, max_bytes,
+                         LOOPBACK if local else None)
+    uploads = Uploads(max_bytes)
     try:
         _serve(page.build(listener, served, uploads), listening, local)
     finally:

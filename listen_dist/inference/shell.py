@@ -32,12 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
         # One file that was named itself: its text alone, for use in a shell.
         bare = len(names) == 1 and not Path(arguments.files[0]).is_dir()
         return write(names, results, Form(arguments.jsonl, arguments.explain, bare))
-    except (ListenError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader has had enough, e.g. `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except BrokenPipeError:  # the reader has had enough, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def newest_below(folder: Path) -> Path:

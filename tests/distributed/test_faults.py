@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from listen_dist.engine.signals import GRACE, LOST_CONTACT, RESUMABLE
+from listen_dist.engine.signals import GRACE
+from listen_dist.exits import LOST_CONTACT, RESUMABLE
 from tests import forking, launching, tiny
 from tests.distributed import fault_worker
 from tests.distributed.test_resume import STEPS, read_metrics, reported

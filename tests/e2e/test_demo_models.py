@@ -137,5 +137,5 @@ def test_a_damaged_folder_fails_the_check(tmp_path: Path) -> None:
         file.write(b"damage")
     command = [sys.executable, str(TOOL), "--check", "--out", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith(f"error: {tmp_path / whisper_tiny.NAME}: model.safetensors was changed")

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from listen_dist.engine.signals import RESUMABLE
+from listen_dist.exits import RESUMABLE
 from tests import launching, tiny
 
 pytestmark = pytest.mark.timeout(600)

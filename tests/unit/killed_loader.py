@@ -15,7 +15,8 @@ import psutil
 from torch.utils.data import Dataset
 
 from listen_dist.data.collate import collate
-from listen_dist.data.loader import LoaderError, _batches
+from listen_dist.data.loader import _batches
+from listen_dist.errors import LoaderError
 from listen_dist.structures import Batch
 
 

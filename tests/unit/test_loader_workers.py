@@ -18,12 +18,13 @@ from torch.utils.data import Dataset
 from listen_dist import evaluate, train
 from listen_dist.data.collate import collate
 from listen_dist.data.features import LogMel
-from listen_dist.data.loader import BatchReader, LoaderError, _batches, training_steps
+from listen_dist.data.loader import BatchReader, _batches, training_steps
 from listen_dist.data.mixture import Mixture
 from listen_dist.data.remote import SourceError
 from listen_dist.data.schedule import TokenCost
 from listen_dist.data.shards import ShardIndex
 from listen_dist.data.text import TextEncoder
+from listen_dist.errors import LoaderError
 from listen_dist.models.llm import load_tokenizer
 from listen_dist.schema import SetConfig
 from listen_dist.structures import Batch, LoaderState

@@ -26,6 +26,7 @@ def test_losses_and_scores_by_task(tmp_path: Path) -> None:
     assert plot_run.read_curves(tmp_path, "minutes")[0]["asr"][0] == [2, 3, 4]
     assert plot_run.main([str(tmp_path)]) == 0
     assert matplotlib.image.imread(tmp_path / "curves.png").std() > 0.01
+    assert plot_run.main([str(tmp_path), "--out", str(tmp_path / "curves.docx")]) == 2, "no picture's suffix"
 
 
 @pytest.mark.parametrize(("text", "reason"), [

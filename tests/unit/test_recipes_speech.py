@@ -120,7 +120,7 @@ def test_broken_librispeech_is_named(librispeech: Path, tmp_path: Path, damage: 
 
 def test_command_line_ends_with_one_line(librispeech: Path, tmp_path: Path) -> None:
     result = run_tool(TOOLS / "prepare/librispeech.py", librispeech.parent, "--out", tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == 2
     missing = librispeech.parent / "train-clean-100"
     assert result.stderr.startswith(f"error: {missing} is missing: unpack train-clean-100.tar.gz of https://")
     assert result.stderr.count("\n") == 1

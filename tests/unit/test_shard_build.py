@@ -361,7 +361,7 @@ def test_features_of_the_speech_encoder_are_stored(tmp_path: Path) -> None:
 def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"id": "a"}\n')
     result = run_tool(tmp_path / "m.jsonl", tmp_path / "out")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith(
         f"error: {tmp_path / 'm.jsonl'}:1: key 'audio' is missing"
     )

@@ -16,13 +16,15 @@ from pathlib import Path
 from debian_packages import fetch_renamed
 from recipe import run_main
 
+from listen_dist.command_line import user_path
+
 LIBRARY = "libtcmalloc_minimal.so.4"
 
 
 def main() -> None:
     """Fetch the library and print where it is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("assets/allocator"), help="folder for the library")
+    parser.add_argument("--out", type=user_path, default=Path("assets/allocator"), help="folder for the library")
     out = parser.parse_args().out.resolve()
     fetch_renamed(("libtcmalloc-minimal4", "libtcmalloc-minimal4t64"), _library, out)
     print(out / LIBRARY)

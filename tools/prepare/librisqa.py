@@ -38,6 +38,7 @@ from recipe import (
     write_splits,
 )
 
+from listen_dist.command_line import user_path
 from listen_dist.structures import Record
 
 FILES = {"train": "train-clean-360", "test": "test-clean"}
@@ -55,7 +56,7 @@ _LETTER = re.compile(r"\s*(?:Option\s+)?\(?([A-D])\)?(?:[.:].*)?\s*", re.DOTALL)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read both parts and write their manifests."""
     parser = recipe_parser(__doc__, "the folder of the questions, with LibriSQA-PartI and LibriSQA-PartII")
-    parser.add_argument("--librispeech", type=Path, required=True, help="the folder LibriSpeech of the archives")
+    parser.add_argument("--librispeech", type=user_path, required=True, help="the folder LibriSpeech of the archives")
     options = parser.parse_args(arguments)
     for subset in FILES.values():
         require(options.librispeech / subset, speech_cure(options.librispeech, f"{subset}.tar.gz"))

@@ -16,6 +16,8 @@ from typing import Any
 from phone_rules import digest
 from tqdm import tqdm
 
+from listen_dist import exits
+from listen_dist.command_line import user_path
 from listen_dist.data.decode import JOIN_SILENCE_SECONDS, probe_seconds
 from listen_dist.data.manifest import checked, write_manifest
 from listen_dist.errors import ListenError
@@ -32,19 +34,16 @@ class PrepareError(ListenError):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a recipe; a known error ends it with its message alone, no traceback."""
-    try:
-        main()
-    except (ListenError, OSError) as error:
-        sys.exit(f"error: {error}")
+    """Run a recipe and end the program."""
+    sys.exit(exits.run(main))
 
 
 def recordings_parser(doc: str | None) -> argparse.ArgumentParser:
     """Return the command line of a recipe that fetches its recordings: --out --recordings."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("assets/manifests"), help="folder for the manifests")
+    parser.add_argument("--out", type=user_path, default=Path("assets/manifests"), help="folder for the manifests")
     parser.add_argument(
-        "--recordings", type=Path, default=Path("assets/recordings"), help="folder for the audio"
+        "--recordings", type=user_path, default=Path("assets/recordings"), help="folder for the audio"
     )
     return parser
 
@@ -52,8 +51,8 @@ def recordings_parser(doc: str | None) -> argparse.ArgumentParser:
 def recipe_parser(doc: str | None, folder: str) -> argparse.ArgumentParser:
     """Return the command line of a recipe that reads a folder: FOLDER --out --threads."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help=folder)
-    parser.add_argument("--out", type=Path, default=Path("assets/manifests"), help="folder for the manifests")
+    parser.add_argument("folder", type=user_path, help=folder)
+    parser.add_argument("--out", type=user_path, default=Path("assets/manifests"), help="folder for the manifests")
     parser.add_argument("--threads", type=int, default=8, help="how many read audio headers (default 8)")
     return parser
 
