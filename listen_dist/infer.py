@@ -30,8 +30,8 @@ from listen_dist.tasks import TASKS, get_task
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m listen_dist.infer", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="audio file, folder (searched at all depths), or - "
-                        "for the bytes of one file on stdin; two recordings a question for speaker_verification")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="audio file, folder (searched at all depths), pipe, "
+                        "or - for the bytes of one file on stdin; two recordings a question for speaker_verification")
     parser.add_argument("--checkpoint", type=expanduser, default="latest", metavar="DIR",
                         help="export, checkpoint or run folder; `latest` (default): the newest checkpoint below runs/")
     parser.add_argument("--task", metavar="NAME",
@@ -73,7 +73,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ListenError("--max-new-tokens: must be at least 1")
     if arguments.batch_tokens < 32:
         raise ListenError("--batch-tokens: must be at least 32")
-    if arguments.files.count("-") > 1:
+    if sum(file in ("-", "/dev/stdin", "/dev/fd/0") for file in arguments.files) > 1:
         raise ListenError("-: stdin can be read once only")
 
 

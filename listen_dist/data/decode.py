@@ -101,17 +101,19 @@ def decode_audio(source: bytes | str | os.PathLike[str], max_seconds: float = 30
 
 
 def read_audio(source: bytes | str | os.PathLike[str], max_seconds: float = 30.0) -> Sound:
-    """Decode a file (by path) or its bytes; channels are averaged, or one is taken where they cancel each other.
+    """Decode a file or pipe (by path) or bytes; channels are averaged, or one is taken where they cancel each other.
 
     Raises:
         AudioError: not readable as audio, empty, not finite, longer than `max_seconds` or absurd;
             for a path the message starts with it.
         UnreachableAudio: the same where it is the system that refuses.
     """
+    name = "" if isinstance(source, bytes) else f"{os.fspath(source)}: "
     try:
+        if isinstance(source, str) and "://" in source:
+            raise AudioError("an address, not a file; download it first")
         if not isinstance(source, bytes):
-            source = Path(source)
-            _check_reachable(source)
+            source = _reached(Path(source))
         mono = _decode_any(source, max_seconds, None)
         if len(mono.powers) > 1 and _cancels(mono):
             loudest = int(mono.powers.argmax())
@@ -120,7 +122,6 @@ def read_audio(source: bytes | str | os.PathLike[str], max_seconds: float = 30.0
             mono = replace(one, remarks=(*one.remarks, remark))
         return _to_model_audio(mono, max_seconds)
     except AudioError as error:
-        name = "" if isinstance(source, bytes) else f"{os.fspath(source)}: "
         raise type(error)(f"{name}{error}") from None
 
 
@@ -158,13 +159,16 @@ def probe_seconds(path: str | os.PathLike[str]) -> float | None:
         return None
 
 
-def _check_reachable(path: Path) -> None:
-    """Tell a refusal of the system from a file that is no audio."""
+def _reached(path: Path) -> Path | bytes:
+    """The file, once the system hands it out; of a pipe, such as a shell's `<(…)`, its bytes, which come once only."""
     try:
         if path.is_dir():
             raise AudioError("a folder, not a file")
+        if path.is_fifo():
+            return path.read_bytes()
         with path.open("rb") as file:
             file.read(1)
+        return path
     except FileNotFoundError:
         raise UnreachableAudio("no such file") from None
     except OSError as error:

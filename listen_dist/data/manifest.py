@@ -292,6 +292,9 @@ def _check_record(record: Record, need_audio: bool) -> None:
         raise ManifestError(
             f"key 'audio': task {record.task!r} needs {wanted} path(s), found {len(record.audio)}"
         )
+    for name in record.audio:
+        if "://" in name:
+            raise ManifestError(f"key 'audio': {name!r:.200} is an address; download it first, and name the file")
     choices_for(record)
 
 

@@ -24,6 +24,7 @@ from listen_dist.evaluation.decoding import Decoder, UnscorableError
 from listen_dist.evaluation.placement import placed
 from listen_dist.evaluation.predictions import Prediction, write_file
 from listen_dist.evaluation.scoring import score_task
+from listen_dist.structures import SkippedSample
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Score:
 def evaluate_dev(parts: Parts) -> dict[str, Score]:
     """Decode `train.eval_limit` samples of each dev set greedily and score them. Every rank must call it.
 
-    What can't be scored is warned of: training goes on without it.
+    What can't be read or scored is warned of: training goes on without it.
     """
     config = parts.config
     # Loader processes started for so few samples would take longer than the reading.
@@ -56,15 +57,21 @@ def evaluate_dev(parts: Parts) -> dict[str, Score]:
                      eval=replace(config.eval, limit=config.train.eval_limit, beams=1, length_penalty=1.0))
     parts = replace(parts, config=config)
     rows: list[Prediction] = []
+    skipped: list[SkippedSample] = []
     parts.model.eval()
     with placed(parts) as whole:
         decoder = Decoder(parts, config.eval, config.pool.k, whole)
         for entry in config.data.dev:
             try:
-                rows += decoder.decode_set(parts.reader([entry], with_targets=False))[0]
+                decoded, unread = decoder.decode_set(parts.reader([entry], with_targets=False))
+                rows += decoded
+                skipped += unread
             except UnscorableError as error:
                 _warn("a set of data.dev is left out: %s", error)
     parts.model.train()
+    if skipped:
+        _warn("data.dev: %d samples skipped: %s", len(skipped),
+              "; ".join(f"{sample.id}: {sample.reason}" for sample in skipped))
     if not rows:
         _warn("data.dev: no sample could be used; there are no dev scores")
     found = {}

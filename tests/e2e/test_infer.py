@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -208,6 +209,16 @@ def test_json_lines_hold_everything(shell, run: Path, folder: Path) -> None:  # 
     assert done.code == 1 and first["file"].endswith("good-1.flac") and first["seconds"] == 0.4
     assert len(first["parts"][0]["prompts"]) == len(first["parts"][0]["scores"]) == 2
     assert "text.wav" in second["error"]
+
+
+def test_a_pipe_is_read_and_an_address_is_named(shell, run: Path, folder: Path, listener: Listener) -> None:  # type: ignore[no-untyped-def]
+    reading, writing = os.pipe()
+    os.write(writing, (folder / "good-1.flac").read_bytes())
+    os.close(writing)
+    done = shell(f"/dev/fd/{reading}", "https://host/a.wav", "--checkpoint", run)
+    os.close(reading)
+    assert done.code == 1 and done.out == f"/dev/fd/{reading}\t{' '.join(listener.transcribe(WAVES[1]).split())}\n"
+    assert "error: https://host/a.wav: an address, not a file; download it first" in done.err
 
 
 @pytest.mark.parametrize("words, said", [

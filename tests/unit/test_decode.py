@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -352,3 +354,24 @@ def test_channels_that_pyav_reads_are_averaged(layout: str) -> None:
         for part in (frame, None):
             container.mux(stream.encode(part))
     np.testing.assert_allclose(decode_audio(file.getvalue()), samples.mean(axis=1) / 32768, atol=1.1 / 65536)
+
+
+@pytest.mark.parametrize("content", [encoded(tone(0.2, 8000, channels=2), 8000, "WAV"), b"", b"no audio"])
+def test_a_pipe_is_read_like_its_bytes_and_named(content: bytes) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, content)
+    os.close(writing)
+    try:
+        expected = read_audio(content).samples
+    except AudioError as error:
+        with pytest.raises(AudioError, match=f"^/dev/fd/{reading}: {re.escape(str(error))}$"):
+            read_audio(f"/dev/fd/{reading}")
+    else:
+        assert np.array_equal(read_audio(f"/dev/fd/{reading}").samples, expected)
+    finally:
+        os.close(reading)
+
+
+def test_an_address_is_no_file() -> None:
+    with pytest.raises(AudioError, match=r"^https://host/a\.wav: an address, not a file; download it first$"):
+        read_audio("https://host/a.wav")

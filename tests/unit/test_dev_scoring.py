@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,20 @@ def test_what_cant_be_scored_is_warned_of(tiny_world: tiny.Tiny, tmp_path: Path,
     assert evaluate_dev(parts) == {} and parts.model.trainable.training
     assert "a set of data.dev is left out: dev: 1 results for 2 samples" in caplog.text
     assert "no sample could be used" in caplog.text
+
+
+def test_what_cant_be_read_is_counted_and_named(tiny_world: tiny.Tiny, tmp_path: Path,
+                                                caplog: pytest.LogCaptureFixture) -> None:
+    tiny.write_set(tmp_path / "dev", tiny.speech_records(4))
+    (shard,) = (tmp_path / "dev").glob("*.tar")
+    content = shard.read_bytes()
+    assert content.count(b"fLaC") == 4
+    shard.write_bytes(content.replace(b"fLaC", b"none", 1))
+    parts = assemble(tiny_world.config("parallel.llm=replicated", f"data.dev=[{{path: {tmp_path / 'dev'}}}]"),
+                     torch.device("cpu"))
+    assert set(evaluate_dev(parts)) == {"asr", "language_id"}
+    (said,) = [line.getMessage() for line in caplog.records if "skipped" in line.getMessage()]
+    assert re.match(rf"data\.dev: 1 samples skipped: speech-0\d: {re.escape(str(shard))}: \S", said), said
 
 
 def test_ids_that_folders_share_are_named(tiny_world: tiny.Tiny, tmp_path: Path) -> None:

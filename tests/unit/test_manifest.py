@@ -116,6 +116,7 @@ BAD: list[tuple[str, object, str]] = [
     ("target is a list", {"target": ["a"]}, "key 'target': expected text"),
     ("lone surrogate", {"target": "\ud800"}, "key 'target': expected text"),
     ("audio is a number", {"audio": 3}, "key 'audio': expected a list of non-empty texts"),
+    ("an address", {"audio": "https://host/a.wav"}, "key 'audio': 'https://host/a.wav' is an address; download it"),
     ("two paths for asr", {"audio": ["a", "b"]}, "task 'asr' needs 1 path"),
     (
         "one path for pairs",
