@@ -101,11 +101,11 @@ def wait(process: subprocess.Popen[bytes], log: Path, seconds: float) -> Finishe
         raise AssertionError(f"no end within {seconds:.0f} s:\n{said[-6000:]}") from None
 
 
-def run(words: Sequence[str | Path], seconds: float = 400) -> Finished:
-    """Run a program to its end."""
+def run(words: Sequence[str | Path], seconds: float = 400, extra: dict[str, str] | None = None) -> Finished:
+    """Run a program to its end, with these `extra` variables in its environment."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        return wait(start(words, log), log, seconds)
+        return wait(start(words, log, extra), log, seconds)
 
 
 def run_ranks(world: int, module: str, words: Sequence[str | Path], folder: Path, seconds: float = 600) -> list[str]:

@@ -124,8 +124,9 @@ def check_frozen(path: Path, config: Config, of_projector: bool = True) -> None:
     saved = configuration.load(path / "config.yaml").model
     is_export = (path / "export.json").is_file()
     content = _read(path).get("content", {}) if is_export else checkpoint.read_state(path).content
+    # What isn't there is named as that, not as another model.
+    found = dist.on_main(fingerprints.of_models, config.model)
     if content:
-        found = dist.on_main(fingerprints.of_models, config.model)
         same = {key: content.get(f"model.{key}") == found.get(f"model.{key}") for key in FROZEN}
     elif is_export:  # of an earlier version
         needed: Mapping[str, Frozen] = _read(path)["frozen"]

@@ -28,13 +28,18 @@ def read_results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("launcher, ranks, more", [("torchrun", 2, []), ("python", 1, ["data.workers=1"])])
+PLAIN_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
+"""As in a minimal container or a batch job: Python takes all text for ASCII."""
+
+
+@pytest.mark.parametrize("launcher, ranks, more, locale", [
+    ("torchrun", 2, [], {}), ("python", 1, ["data.workers=1"], PLAIN_LOCALE)])
 def test_other_launchers_train(tiny_world: tiny.Tiny, trained: TrainedRun, tmp_path: Path, launcher: str, ranks: int,
-                               more: list[str]) -> None:
+                               more: list[str], locale: dict[str, str]) -> None:
     """Two steps; the first two losses are those of the `deepspeed` launch, since the global batches are."""
     command = [*launching.command(launcher, launching.TRAIN, ranks), "--config", tiny_world.config_file,
                f"run_dir={tmp_path / 'run'}", "train.batches_per_step=2", "train.max_steps=2", *more]
-    output = launching.run(command, 600).check().output
+    output = launching.run(command, 600, locale).check().output
     assert "step 2/2 | loss" in output and f"rank {ranks - 1} of {ranks} holds" in output and "done." in output
     ours, theirs = ([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()][:2]
                     for folder in (tmp_path / "run", trained.folder))
@@ -73,7 +78,7 @@ def evaluate(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> E
         if not launcher:
             return folder / "out", forking.run(ranks, "listen_dist.evaluate", words, folder / "logs")[0]
         command = [*launching.command(launcher, launching.EVALUATE, ranks), *words]
-        return folder / "out", launching.run(command, 600).check().output
+        return folder / "out", launching.run(command, 600, PLAIN_LOCALE).check().output
 
     return run
 
@@ -92,7 +97,8 @@ def test_every_sample_is_scored_once_on_two_ranks(greedy: tuple[Path, str], tiny
     assert [row["id"] for row in rows] == expected
     assert all(len(row["prompts"]) == len(row["scores"]) == 4 and row["scores"] == sorted(row["scores"], reverse=True)
                for row in rows)
-    assert sorted(path.name for path in folder.iterdir()) == ["eval_skipped.jsonl", "predictions.jsonl", "results.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".evaluation.lock", "eval_skipped.jsonl", "predictions.jsonl", "results.json"]
     assert "silence" in output and "most_frequent" in output and "0 samples skipped" in output
 
 
