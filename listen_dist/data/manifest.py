@@ -153,8 +153,9 @@ def record_from_json(text: bytes, need_audio: bool = True) -> Record:
         raise ManifestError(
             f"not JSON: {error.msg} at column {error.colno}; one JSON object a line"
         ) from None
-    except RecursionError:
-        raise ManifestError("not JSON that we read: nested too deeply") from None
+    except (RecursionError, ValueError) as error:  # Python reads no number of more than 4,300 digits
+        what = "nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
+        raise ManifestError(f"not JSON that we read: {what}") from None
     return record_from_dict(fields, need_audio)
 
 

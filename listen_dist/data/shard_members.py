@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import tarfile
+import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -183,7 +184,7 @@ def _parse_features(content: bytes, width: int) -> np.ndarray:
         if version != (1, 0):
             raise ValueError(f"npy version {version}")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # NumPy tokenizes the header
         raise ShardError(f"stored features are no .npy array: {error}") from None
     data = content[file.tell() :]
     if dtype != np.float16 or fortran or len(shape) != 2 or shape[0] < 1 or shape[1] != width:

@@ -353,7 +353,7 @@ def _check_table(path: str, table: SampleTable, tar_bytes: int) -> None:
 def _load_json(path: str, text: bytes) -> Any:
     try:
         return json.loads(text.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ShardError(f"{path}: not JSON ({error}); write the shards anew") from None
 
 

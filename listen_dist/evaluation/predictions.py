@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from listen_dist.errors import ListenError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,17 @@ class Prediction:
     ended: str = ""
     """What ended a generated answer: `eos`, `line` (the model went on after a line's end; that is not in `text`) or
     `limit` (of tokens); empty where it was chosen."""
+
+
+@dataclass(frozen=True)
+class _Finished(Prediction):
+    """A line of partial results."""
+
+    set: str = ""
+    """Fingerprint of the set that the sample is from."""
+
+
+_PREDICTION, _FINISHED, _HEADER = TypeAdapter(Prediction), TypeAdapter(_Finished), TypeAdapter(dict[str, Any])
 
 
 class PartialFile:
@@ -79,7 +92,7 @@ def take_over(folder: Path, header: dict[str, Any]) -> dict[str, list[Prediction
     header = json.loads(json.dumps(header))  # as it reads back
     files = sorted(folder.glob("rank-*.jsonl"))
     if known.is_file():
-        earlier = _object(known.read_text(encoding="utf-8", errors="replace"))
+        earlier = _header(known)
         if earlier is None:
             logger.warning("%s: damaged, so nobody knows what the partial results depend on; decoding all again", known)
             for file in files:
@@ -88,66 +101,42 @@ def take_over(folder: Path, header: dict[str, Any]) -> dict[str, list[Prediction
         earlier = earlier or header
         differing = sorted(key for key in {*earlier, *header} if earlier.get(key) != header.get(key))
         if differing:
-            raise ListenError(f"{folder}: holds an interrupted evaluation that differs in {', '.join(differing)}; "
+            names = " ".join(", ".join(differing).split())
+            raise ListenError(f"{folder}: holds an interrupted evaluation that differs in {names}; "
                              "finish it with the same settings, choose another --out, or delete that folder")
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, str], _Finished] = {}
     for file in files:
-        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-        for number, line in enumerate(filter(None, lines), 1):
-            row = _finished(line)
-            if row is None:  # a kill leaves half a line, a lost node one of NULs
+        for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+            if not line:
+                continue
+            try:
+                row = _FINISHED.validate_json(line, strict=True)
+            except ValidationError:  # a kill leaves half a line, a lost node one of NULs
                 logger.warning("%s:%d: damaged, dropped; its sample is decoded again", file, number)
-            else:
-                rows[row["set"], row["id"]] = row
-    write_file(folder / "rank-0.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
+                continue
+            rows[row.set, row.id] = row
+    write_file(folder / "rank-0.jsonl", to_lines(rows.values()))
     for file in files:
         if file.name != "rank-0.jsonl":
             file.unlink()
     write_file(known, json.dumps(header, indent=1))
     done: dict[str, list[Prediction]] = defaultdict(list)
-    for (fingerprint, _), row in rows.items():
-        done[fingerprint].append(prediction_from(row))
+    for row in rows.values():
+        done[row.set].append(Prediction(**{item.name: getattr(row, item.name) for item in fields(Prediction)}))
     return done
 
 
-def _object(text: str) -> dict[str, Any] | None:
-    """A JSON object; None where the text is something else."""
+def _header(file: Path) -> dict[str, Any] | None:
+    """A JSON object; None where the file holds something else."""
     try:
-        tree = json.loads(text)
-    except ValueError:
+        return _HEADER.validate_json(file.read_bytes())
+    except ValidationError:
         return None
-    return tree if isinstance(tree, dict) else None
-
-
-def _finished(line: str) -> dict[str, Any] | None:
-    """The fields of a finished prediction and its set; None where the line is damaged."""
-    row = _object(line)
-    try:
-        if row is None or not isinstance(row["set"], str) or not isinstance(prediction_from(row).id, str):
-            return None
-    except (ListenError, KeyError):
-        return None
-    return row
 
 
 def clear(folder: Path) -> None:
     """Drop the partial results of a split whose results are written."""
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def prediction_from(tree: dict[str, Any]) -> Prediction:
-    """A prediction from its JSON fields; others (`set`) are passed over.
-
-    Raises:
-        ListenError: missing fields.
-    """
-    known = {item.name for item in fields(Prediction)}
-    try:
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
-                                  for key, value in tree.items() if key in known}
-        return Prediction(**values)
-    except (TypeError, AttributeError) as error:
-        raise ListenError(f"not a prediction ({error}): {str(tree)[:80]}") from None
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -160,12 +149,15 @@ def read_predictions(path: Path) -> list[Prediction]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no predictions here; run evaluate.py first")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line:
             try:
-                rows.append(prediction_from(json.loads(line)))
-            except (ListenError, ValueError) as error:
-                raise ListenError(f"{path}:{number}: {error}") from None
+                rows.append(_PREDICTION.validate_json(line, strict=True))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                where = ".".join(map(str, first["loc"]))
+                raise ListenError(f"{path}:{number}: not a prediction ({where + ': ' if where else ''}{first['msg']}): "
+                                  f"{line[:80].decode(errors='replace')!r}; evaluate again") from None
     return rows
 
 

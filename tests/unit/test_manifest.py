@@ -99,6 +99,7 @@ BAD: list[tuple[str, object, str]] = [
     ("a list", b"[1]", "expected a JSON object, found list"),
     ("not utf-8", json.dumps(GOOD).encode() + b"\xff", "not UTF-8 at byte"),
     ("deep", b"[" * 100_000, "nested too deeply"),
+    ("huge number", b'{"id": ' + b"1" * 5000 + b"}", "a number of thousands of digits"),
     ("deep meta", {"meta": {"a": [[[[[[[[[[1]]]]]]]]]]}}, "key 'meta': nested deeper than 8"),
     ("nan", b'{"id": "a", "duration": NaN}', "not JSON: NaN"),
     ("no id", {"id": None}, "key 'id' is missing"),

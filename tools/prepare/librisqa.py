@@ -35,7 +35,7 @@ from recipe import (
     report,
     require,
     run_main,
-    write_splits,
+    write_all,
 )
 
 from listen_dist.command_line import user_path
@@ -61,9 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for subset in FILES.values():
         require(options.librispeech / subset, speech_cure(options.librispeech, f"{subset}.tar.gz"))
     parts = {part: read_part(options, part) for part in PARTS}
-    for part, splits in parts.items():
+    for splits in parts.values():
         check_apart(splits)
-        write_splits(f"librisqa{part}", splits, options, speech_cure(options.librispeech, "the subset's archive"))
+    write_all({(f"librisqa{part}", split): records for part, splits in parts.items()
+               for split, records in splits.items()}, options, speech_cure(options.librispeech, "the subset's archive"))
 
 
 def read_part(options: argparse.Namespace, part: int) -> dict[str, list[Record]]:

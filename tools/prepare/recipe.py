@@ -168,17 +168,26 @@ def write_splits(name: str, splits: dict[str, list[Record]], options: argparse.N
     """Measure all audio, write `OUT/name.split.jsonl` and print what is in them.
 
     Raises:
+        PrepareError: as `write_all`.
+    """
+    write_all({(name, split): records for split, records in splits.items()}, options, cure)
+
+
+def write_all(sets: dict[tuple[str, str], list[Record]], options: argparse.Namespace, cure: str) -> None:
+    """The same of several sets, by name and split; nothing is written unless all is right.
+
+    Raises:
         PrepareError: a split is empty, or an audio file is missing (the first one is named).
     """
-    for split, records in splits.items():
+    for (name, split), records in sets.items():
         if not records:
             raise PrepareError(f"{name}.{split} has no samples: {cure}")
-    paths = dict.fromkeys(path for records in splits.values() for record in records for path in record.audio)
+    paths = dict.fromkeys(path for records in sets.values() for record in records for path in record.audio)
     seconds = audio_seconds(list(paths), options.threads, cure)
-    for split, records in splits.items():  # before the first manifest is written
+    for (name, split), records in sets.items():
         deque(checked(records, f"{name}.{split}"), maxlen=0)
     print(f"{'set':<22}{'split':<16}{'records':>8}{'hours':>9}  answers")
-    for split, records in splits.items():
+    for (name, split), records in sets.items():
         measured = [replace(record, duration=_duration(record, seconds)) for record in records]
         write_manifest(options.out.resolve() / f"{name}.{split}.jsonl", measured)
         hours = sum(record.duration or 0.0 for record in measured) / 3600
