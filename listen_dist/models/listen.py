@@ -99,7 +99,7 @@ class Listen(nn.Module):
             row_loss=row_loss, match_loss_sum=-matched.row_mass.sum(),
             target_tokens=batch.target_tokens, rows=len(batch), input_tokens=sum(map(len, rows)),
             padded_tokens=mask.numel(), prompt_indices=matched.indices,
-            prompt_scores=matched.scores.detach(), observed=self.pool.observe(matched))
+            prompt_scores=matched.scores.detach(), observed=self.pool.observe())
 
     def assemble(self, batch: Batch, k: int) -> tuple[TopkMatch, list[torch.Tensor]]:
         """Select prompts and lay out the LLM's input.

@@ -19,9 +19,9 @@ class Pool(nn.Module, ABC):
     observed = 0
     """Numbers that a row adds to the sums of a step (see `observe`); 0: this kind keeps no statistics."""
 
-    def observe(self, match: TopkMatch) -> torch.Tensor:
-        """Sums over the rows of a match that `update` wants, over the whole global batch: float32 [observed]."""
-        return match.scores.new_zeros(0, dtype=torch.float32)
+    def observe(self) -> torch.Tensor:
+        """Sums over the rows of the last forward pass, float32 [observed]; `update` wants them of the global batch."""
+        return self.table().new_zeros(0)
 
     def update(self, sums: torch.Tensor) -> None:
         """Take in the sums of a step that was applied, the same on every rank."""
@@ -101,20 +101,20 @@ class CentredPool(PromptPool):
         self.register_buffer("query_var", torch.ones(width))  # [D]
         self.register_buffer("query_steps", torch.zeros(()))
         self.observed = 1 + 2 * width
+        self._queries = torch.zeros(0, width)
 
     def forward(self, context: torch.Tensor, mask: torch.Tensor, tasks: Sequence[str], k: int) -> TopkMatch:
         query = masked_mean(context.detach().float(), mask)  # [B, D]
-        match = topk_match_query(self.prepare(query), self.keys, self.values, k, backend=self.backend)
-        return match._replace(query=query)
+        self._queries = query
+        return topk_match_query(self.prepare(query), self.keys, self.values, k, backend=self.backend)
 
     def prepare(self, query: torch.Tensor) -> torch.Tensor:
         floor = 1e-5 * self.query_var.mean() + 1e-20
         return (query - self.query_mean) * (self.query_var + floor).rsqrt()
 
-    def observe(self, match: TopkMatch) -> torch.Tensor:
+    def observe(self) -> torch.Tensor:
         """Number of rows, sum of q − mean and sum of its square: around the mean, so that fp32 loses nothing."""
-        assert match.query is not None
-        away = match.query - self.query_mean
+        away = self._queries - self.query_mean
         # Filled, not copied: a copy from the host would wait for the GPU.
         return torch.cat([away.new_full((1,), len(away)), away.sum(0), away.square().sum(0)])
 

@@ -84,11 +84,11 @@ def test_without_a_readable_header_all_are_decoded_again(tmp_path: Path, caplog:
     ('{"id": "a", "task": ["asr"]}', "task: Input should be a valid string"),
     ('{"id": "a"}', "Field required"),
     ("[" * 100_000, "recursion limit"),
-    ('{"id": "\\\\ud800"}', "surrogate"),
+    ('{"id": "\\ud800"}', "unexpected end of hex escape"),
     ("\\xff", "Invalid JSON"),
 ])
 def test_a_line_that_is_no_prediction_is_named(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "predictions.jsonl"
     file.write_bytes(b"\n" + line.encode("latin-1"))
     with pytest.raises(ListenError, match=f"predictions.jsonl:2: not a prediction.*{message}"):
-        predictions.read_predictions(file)
+        read_predictions(file)

@@ -55,8 +55,6 @@ class TopkMatch(NamedTuple):
     """Scalar: minus the mean over rows of the mass, fp32."""
     row_mass: Tensor
     """[B] sum of a row's scores, fp32: for callers that average over a larger batch."""
-    query: Tensor | None = None
-    """[B, D] fp32 what the caller made its query from, where it keeps statistics of that (see `CentredPool`)."""
 
 
 def topk_match_reference(context: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor, k: int) -> TopkMatch:
