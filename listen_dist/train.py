@@ -79,6 +79,9 @@ from listen_dist.structures import Batch, LoaderState
 
 logger = logging.getLogger("listen_dist.train")
 
+NARROW_REPORTS = 3
+"""Reports in a row after which a pool is said to narrow: where k is drawn, one alone may be a small k's."""
+
 MEMORY_CURE = ("Lower data.batch_tokens or set model.checkpointing=true; `python -m listen_dist.planner` says what a "
                "config needs")
 
@@ -102,8 +105,8 @@ class Run:
     started: float
     last_step: int
     """Where training ends: `train.max_steps`, or earlier where `train.max_minutes` would be over."""
-    narrow: bool = False
-    """The pool had narrowed at the last report."""
+    narrow: int = 0
+    """The last so many reports found a narrow pool."""
 
     @property
     def folder(self) -> Path:
@@ -330,18 +333,18 @@ def report(run: Run, meter: Meter, mixture: Mixture, rate: float, grad_norm: flo
 
 
 def warn_of_collapse(run: Run, effective: float) -> None:
-    """Say when the pool has come to give nearly every clip the same prompts, and when it has recovered."""
+    """Say when the pool gives nearly every clip the same prompts, three reports in a row, and when no longer."""
     pool, step = run.config.pool, run.state.step
     if not effective or pool.selection != "similarity" or step <= run.config.train.warmup_steps:
         return  # nothing was chosen, or nobody chooses
-    narrow = share_in_use(effective, pool.k_max, pool.prompts) < COLLAPSED
-    if narrow and not run.narrow:
+    before, narrow = run.narrow, share_in_use(effective, pool.k_max, pool.prompts) < COLLAPSED
+    run.narrow = before + 1 if narrow else 0
+    if run.narrow == NARROW_REPORTS:
         logger.warning("step %d: the pool narrows: %.1f of %d prompts are effectively in use since the last report "
                        "(%d stand in front of a clip). If that stays so, the choice carries no information: try "
                        "pool.query=centred or a smaller pool.match_weight", step, effective, pool.prompts, pool.k_max)
-    elif run.narrow and not narrow:
+    elif before >= NARROW_REPORTS and not narrow:
         logger.info("step %d: the pool is broad again: %.1f of %d prompts in use", step, effective, pool.prompts)
-    run.narrow = narrow
 
 
 def keep_to_time(run: Run, elapsed: float) -> None:

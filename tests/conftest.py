@@ -14,8 +14,9 @@ if not torch.cuda.is_available():
 # Read when the library is imported: no test may reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C; `nohup` SIGHUP.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 pytest_plugins = ["tests.fixtures"]

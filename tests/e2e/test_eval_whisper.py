@@ -30,7 +30,7 @@ CLIPS = ("activated", "agent-loggedoff", "agent-newlocation")
 @pytest.fixture(scope="module")
 def words(tiny_world: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The program's arguments: a mixed set of three transcriptions and another task's clip."""
-    whisper = folder_of(whisper_tiny.NAME, whisper_tiny.PACKAGE)
+    whisper = folder_of(whisper_tiny.NAME)
     manifest = ASSETS / "manifests/asr.train.jsonl"
     if not manifest.is_file():
         pytest.skip(f"{manifest} not made; run make recordings")
