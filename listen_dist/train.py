@@ -225,6 +225,13 @@ def summarize(run: Run) -> None:
         logger.info(line)
 
 
+def hosts_asked(config: Config) -> set[str]:
+    """The hosts that training reads from: sets, noise and impulse responses."""
+    addresses = [*(entry.path for entry in (*config.data.train, *config.data.dev)),
+                 config.data.augment.noise, config.data.augment.reverb]
+    return {host for address in addresses if "://" in address for host in hosts_of(address)}
+
+
 def train(run: Run) -> None:
     """The loop: take a step's batches, step, now and then report and save. Ends early when asked to stop."""
     config, model = run.config, run.parts.model
@@ -237,7 +244,7 @@ def train(run: Run) -> None:
                            per_step, dist.rank(), dist.world_size(), run.state.loader,
                            pin_memory=model.device.type == "cuda")
     meter = Meter(config.pool.prompts, model.device, run.state.skipped_samples, run.state.meter,
-                  {host for entry in (*config.data.train, *config.data.dev) for host in hosts_of(entry.path)})
+                  hosts_asked(config))
     filler = find_filler(reader)
     history, evaluate_every = DevHistory(run.folder / "checkpoints", run.state.step), config.train.eval_every
     model.train()
