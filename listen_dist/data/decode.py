@@ -41,6 +41,8 @@ AUDIO_SUFFIXES = frozenset((
 _MAX_RESAMPLING_TAPS = 1 << 24
 _BLOCK_VALUES = 1 << 20
 """Samples of all channels that are read at a time."""
+_PIPE_BYTES = 1 << 28
+"""A pipe must be held in memory whole."""
 _UNKNOWN_FRAMES = 1 << 62
 """libsndfile's length of a FLAC that was written to a pipe; it can't read such a one."""
 _SHORTER_SECONDS = 0.1
@@ -165,7 +167,11 @@ def _reached(path: Path) -> Path | bytes:
         if path.is_dir():
             raise AudioError("a folder, not a file")
         if path.is_fifo():
-            return path.read_bytes()
+            with path.open("rb") as pipe:
+                content = pipe.read(_PIPE_BYTES + 1)
+            if len(content) > _PIPE_BYTES:
+                raise AudioError(f"a pipe of more than {_PIPE_BYTES >> 20} MiB: write it to a file first")
+            return content
         with path.open("rb") as file:
             file.read(1)
         return path

@@ -84,9 +84,12 @@ def test_sharded_bytes_are_exact(measured: Measured) -> None:
         assert rank["held"] == measured.plan(True).llm_held
 
 
-@pytest.mark.parametrize("name", ["kept", "recomputed"])
-def test_the_peak_of_a_step_is_within_15_percent(measured: Measured, name: str) -> None:
-    assert_near(measured, name, 0.15)
+@pytest.mark.parametrize("name, share", [("kept", 0.75), ("recomputed", 0.55)])
+def test_the_peak_of_a_step_is_within_the_plan(measured: Measured, name: str, share: float) -> None:
+    """At most the plan, and not far below: that adds up the most weights that may be gathered and the most that a
+    layer's backward pass takes, which hardly meet since weights are let go layer by layer."""
+    for rank, plan in compared(measured, name):
+        assert share * plan.total < rank[name]["peak"] < 1.05 * plan.total
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -94,17 +97,17 @@ def test_the_peak_on_a_gpu_is_within_10_percent(tiny_world: tiny.Tiny, tmp_path:
     found = measure(tiny_world, tmp_path, 1, "cuda", "replicated")
     assert found.ranks[0]["held"] == found.plan(True).llm_held
     for name in ("kept", "recomputed"):
-        assert_near(found, name, 0.10)
+        for rank, plan in compared(found, name):
+            assert rank[name]["peak"] == pytest.approx(plan.total, rel=0.10)
 
 
-def assert_near(measured: Measured, name: str, tolerance: float) -> None:
-    """The peak of a step is what the planner says for its shape."""
+def compared(measured: Measured, name: str) -> list[tuple[dict[str, Any], MemoryPlan]]:
+    """What each rank measured, and what the planner says for the shape of its step."""
     plans = [measured.plan(name == "recomputed", Shape(**rank[name]["shape"])) for rank in measured.ranks]
     for rank, plan in zip(measured.ranks, plans, strict=True):
         print(f"\n{name}: measured {rank[name]['peak'] / 2**20:.0f} MiB, planned {plan.total / 2**20:.0f} MiB\n"
               + "\n".join(plan.lines()), rank[name]["shape"])
-    for rank, plan in zip(measured.ranks, plans, strict=True):
-        assert rank[name]["peak"] == pytest.approx(plan.total, rel=tolerance)
+    return list(zip(measured.ranks, plans, strict=True))
 
 
 def test_recomputing_saves_memory_and_changes_no_gradient(measured: Measured) -> None:
