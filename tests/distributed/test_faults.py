@@ -173,7 +173,7 @@ def test_a_stuck_rank_is_named_and_a_second_signal_leaves_at_once(tiny_world: ti
             rank.kill()
     assert re.search(r"no progress for \d+ s after step 3: rank 1 \(process \d+ on \S+\) holds the others up; it is at "
                      r"step\.py:\d+ train_step > fault_worker\.py:\d+ sleep_for_good after step 3; rank 0 waits in "
-                     r"listen\.py:\d+ forward > ", ended.output), ended.output[-3000:]
+                     r"families\.py:\d+ run > ", ended.output), ended.output[-3000:]
     assert "sleep_for_good" in (tmp_path / "run/stacks-rank1.txt").read_text()
     assert ended.code == RESUMABLE and "SIGTERM: leaving at once" in ended.output
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-000002\n"

@@ -98,7 +98,7 @@ sys.stdin.read()
 """
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """Stands for the end of the process."""
 
 
