@@ -8,6 +8,7 @@ Samples are rounded to 16 bits, as shards hold them, so that a file, its shard a
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -292,6 +293,8 @@ def _decode_av(source: bytes | Path, max_seconds: float, channel: int | None,
     except OSError as error:
         # FFmpeg's own errors carry the same types; those of the file system come from reading `file`.
         if not isinstance(error, av.error.FFmpegError) and isinstance(source, Path):
+            if error.errno == errno.EINVAL:  # a damaged file sends FFmpeg to before its start: bytes bear with that
+                return _decode_av(source.read_bytes(), max_seconds, channel, container_format)
             raise UnreachableAudio(f"can't be read: {error.strerror or error}") from None
         raise AudioError(f"can't be decoded: {error.strerror or error}") from None
     except (av.error.FFmpegError, ValueError) as error:

@@ -63,9 +63,12 @@ def require(path: Path, cure: str) -> Path:
     Raises:
         PrepareError: it is missing; the message names it and what to do.
     """
-    if not path.exists():
-        raise PrepareError(f"{path} is missing: {cure}")
-    return path
+    try:
+        if path.exists():
+            return path
+    except OSError as error:  # a name that no file can have
+        raise PrepareError(f"{str(path)[:200]}: {error.strerror}: {cure}") from None
+    raise PrepareError(f"{path} is missing: {cure}")
 
 
 def text_lines(path: Path, errors: str = "strict") -> Iterator[tuple[int, str]]:
