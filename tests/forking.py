@@ -10,6 +10,7 @@ import importlib
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -65,10 +66,14 @@ class Rank:
         return launching.Finished(self.process.exitcode, self.output)
 
 
+_SERVER = threading.Lock()
+"""Two threads that set the environment aside at a time would not put all of it back."""
+
+
 def start(world: int, target: Callable[..., None], arguments: Sequence[Any], folder: Path) -> list[Rank]:
     """Call `target(*arguments)` on `world` ranks that can meet over a port or over the file STORE; logs in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with mock.patch.dict(os.environ, launching.environment(), clear=True):
+    with _SERVER, mock.patch.dict(os.environ, launching.environment(), clear=True):
         forkserver.ensure_running()
     port, started = launching.free_port(), []
     for number in range(world):
