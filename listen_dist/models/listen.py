@@ -150,10 +150,11 @@ class Listen(nn.Module):
             with torch.autocast(self.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
                 return self._encode(audio, lengths, banks, bank_lengths)
         rows: list[torch.Tensor] = []
+        bank_sizes = batch.fbank_lengths.tolist() if batch.fbank_lengths is not None else []  # of the host
         for i, size in enumerate(batch.audio_lengths.tolist()):
             bank, bank_length = None, None
             if banks is not None and bank_lengths is not None:
-                bank, bank_length = banks[i : i + 1, : int(bank_lengths[i])], bank_lengths[i : i + 1]
+                bank, bank_length = banks[i : i + 1, : bank_sizes[i]], bank_lengths[i : i + 1]
             frames, _ = self._encode(audio[i : i + 1, :, :size], lengths[i : i + 1], bank, bank_length)
             rows.append(frames[0].half())
         counts = torch.tensor([len(row) for row in rows], device=self.device)
