@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -68,12 +68,12 @@ def refusal(path: str, config: PretrainedConfig, reason: str) -> ListenError:
 
 def parameters_of(llm: PreTrainedModel | type[PreTrainedModel]) -> frozenset[str]:
     """Names that the LLM's forward takes."""
-    return _parameters_of(llm if isinstance(llm, type) else type(llm))
+    return _parameters_of(llm.forward if isinstance(llm, type) else type(llm).forward)
 
 
 @cache  # asked for at every forward pass
-def _parameters_of(kind: type[PreTrainedModel]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _parameters_of(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def attention_of(config: PretrainedConfig, found: type[PreTrainedModel], model: ModelConfig) -> str:
