@@ -346,6 +346,8 @@ def warn_of_collapse(run: Run, effective: float) -> None:
         return  # nothing was chosen, or nobody chooses
     before, narrow = run.narrow, share_in_use(effective, pool.k_max, pool.prompts) < COLLAPSED
     run.narrow = before + 1 if narrow else 0
+    if not dist.is_main():  # all ranks know the same
+        return
     if run.narrow == NARROW_REPORTS:
         logger.warning("step %d: the pool narrows: %.1f of %d prompts are effectively in use since the last report "
                        "(%d stand in front of a clip). If that stays so, the choice carries no information: try "

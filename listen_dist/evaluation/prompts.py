@@ -179,7 +179,7 @@ def verdict(selection: str, k: int, summary: dict[str, Any], overlap: np.ndarray
               f"than {100 * NEARLY_ALWAYS:.0f} % of the clips, {never} were never picked.")
     share = share_in_use(effective, k, size)
     if share < COLLAPSED:
-        return "collapsed", (f"The pool has collapsed: nearly every clip gets the same {k} prompts. {in_use} "
+        return "collapsed", (f"The pool has collapsed: clips get nearly the same {k} prompts. {in_use} "
                              f"The choice carries hardly any information; {CURE}.")
     if share < NARROW or always:
         return "narrow", (f"Much of the pool carries no choice. {in_use} This is the way into a collapse; watch the "

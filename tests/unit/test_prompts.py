@@ -137,6 +137,6 @@ def test_keys_in_one_place_share_a_label() -> None:
 def test_the_verdict_counts() -> None:
     summary, overlap = pool_where([(0, 1)] * 40, HALVES)
     assert prompts.verdict("similarity", 2, summary, overlap)[1].startswith(
-        "The pool has collapsed: nearly every clip gets the same 2 prompts. 2.0 of 10 prompts are effectively in use "
+        "The pool has collapsed: clips get nearly the same 2 prompts. 2.0 of 10 prompts are effectively in use "
         "at k = 2; 2 are in front of more than 90 % of the clips, 8 were never picked.")
     assert prompts.verdict("fixed", 10, summary, overlap)[0] == "not chosen"
